@@ -1,0 +1,150 @@
+"""Every hyperparameter of every script. Edit and rerun, or override one: python train.py --n_layer=8
+
+Lengths are in characters, probabilities and rates in [0, 1]. The network is chosen when a run is trained and travels in its
+checkpoint; `Sample` only says how to write with it."""
+import difflib
+import inspect
+import math
+import os
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"   # one line to change for "cpu" or "mps"
+GPU = DEVICE == "cuda"
+FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()   # 4x fp32 in matrix products
+AMP = torch.float16 if GPU else torch.bfloat16 if FAST_BF16 and DEVICE == "cpu" else torch.float32
+HERE = Path(__file__).resolve().parent
+COLOR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")   # colours and moving cursors only where someone looks
+if GPU and "LOCAL_RANK" in os.environ:                            # torchrun: one process, one GPU
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def autocast():
+    """The precision of one forward pass. A disabled object, never a branch, where there is nothing to gain."""
+    return torch.autocast(DEVICE, AMP, enabled=AMP != torch.float32)
+
+
+@dataclass(frozen=True)
+class Config:   # shared by every script that trains
+    # data
+    dataset: str = "auto"          # shakespeare, warpeace, text8, enwik8, pydoc, or the path of a text file
+    data_dir: str = ""             # where corpora are kept; empty: data/ beside the scripts
+    # run
+    out: str = ""                  # folder of the run; empty: out/<method>/ beside the scripts
+    resume: bool = False           # go on with the run in `out`, with its own settings; what is typed here wins
+    seed: int = 1337
+    max_iters: int = 20000 if GPU else 4000
+    eval_interval: int = 1000 if GPU else 400
+    compile: bool = True           # after the first sample, where it pays
+    # model
+    block_size: int = 256 if GPU else 128   # characters seen at once
+    n_layer: int = 6
+    n_head: int = 6 if GPU else 3
+    n_embd: int = 384 if GPU else 192       # a laptop trains the small one in minutes
+    dropout: float = 0.1 if GPU else 0.0
+    # optimizer
+    batch_size: int = 64 if GPU else 32     # examples in a micro-batch
+    grad_accum: int = 1            # micro-batches in a step, shared out among the processes of torchrun
+    optimizer: Literal["muon", "adamw"] = "muon"   # muon: the matrices of the blocks by Muon, all else by AdamW
+    learning_rate: float = 6e-3    # AdamW alone wants 1e-3
+    warmup_iters: int = 100
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    ema: float = 0.998             # decay of the averaged weights, which are evaluated and sampled
+
+    def __post_init__(self):
+        at_least(self, 1, "max_iters", "eval_interval", "n_layer", "n_head", "n_embd", "batch_size", "grad_accum")
+        at_least(self, 2, "block_size")
+        at_least(self, 0, "seed", "warmup_iters", "dropout", "weight_decay", "grad_clip", "learning_rate", "ema")
+        if self.n_embd % self.n_head:
+            raise SystemExit(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        if self.n_embd // self.n_head % 2:
+            raise SystemExit(f"n_embd/n_head={self.n_embd // self.n_head} must be even: positions are rotations of pairs")
+        if self.dropout >= 1 or self.ema >= 1:
+            raise SystemExit("dropout and ema must be below 1")
+
+
+@dataclass(frozen=True)
+class Masked(Config):   # train.py: masked diffusion and its autoregressive twin
+    objective: Literal["masked", "ar"] = "masked"          # ar: the same network, causal
+    schedule: Literal["linear", "cosine"] = "linear"       # where training looks; the bound does not depend on it
+    weight: Literal["elbo", "flat", "pooled"] = "elbo"     # of the training loss; the evaluation is always the bound
+    time: bool = False             # feed the network the fraction masked (it can count the MASKs itself)
+
+
+@dataclass(frozen=True)
+class Sample:   # generate.py: how to write, never what the network is
+    out: str = ""                  # folder of a run or a checkpoint; empty: out/masked if trained, else the one in results/
+    prompt: str = ""               # {12} is a blank of 12 characters, \n a new line, {{ a brace
+    length: int = 0                # characters in all; 0: the prompt if it has blanks, else one block
+    n: int = 1                     # texts
+    steps: int = 128               # network calls per block, at most
+    order: Literal["random", "confidence", "margin", "entropy"] = "random"             # which masked character next
+    counts: Literal["even", "documents", "cosine", "entropy"] = "even"                 # how many in one call
+    gamma: float = 0.1             # counts=entropy: reveal while sum of entropies - the largest <= gamma (nats)
+    temperature: float = 0.8       # 1 samples the model whose bound is reported, 0 takes the likeliest character
+    top_k: int = 0                 # only the k likeliest characters; 0: all
+    remask: float = 0.0            # share of the revealed characters masked again after each call
+    remask_by: Literal["random", "confidence"] = "confidence"   # confidence: those that were unlikely when revealed
+    seed: int = 1337
+    watch: bool = False            # the unmasking, live in the terminal
+    svg: str = ""                  # write the unmasking as an animated picture
+
+    def __post_init__(self):
+        at_least(self, 1, "n", "steps")
+        at_least(self, 0, "length", "gamma", "temperature", "top_k", "remask", "seed")
+        if self.remask > 1:
+            raise SystemExit(f"remask={self.remask} is a share, at most 1")
+
+
+def at_least(c, least, *names):
+    """One line and exit 1 for the first setting below `least` (or not a finite number)."""
+    for name in names:
+        if not least <= getattr(c, name) < math.inf:
+            raise SystemExit(f"{name}={getattr(c, name)} must be {least} or more")
+
+
+def parse(argv, cfg):
+    """cfg with the --name=value overrides of argv; a wrong name, type or choice is one line and exit 1 (SystemExit)."""
+    types, changed = {f.name: f.type for f in fields(cfg)}, {}
+    for arg in argv:
+        if arg in ("-h", "--help"):
+            print("\n".join(inspect.getsource(k) for k in type(cfg).__mro__[-2::-1]))
+            raise SystemExit(0)
+        name, eq, text = arg.removeprefix("--").partition("=")
+        if name not in types and arg.startswith("--"):
+            near = difflib.get_close_matches(name, types, 1)
+            raise SystemExit(f"no setting {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; there are: {', '.join(types)}"))
+        kind = types.get(name)
+        if not arg.startswith("--") or not (eq or kind is bool):
+            raise SystemExit(f"write --{name if kind else 'batch_size'}={'VALUE' if kind else '32'}, not {arg!r}")
+        changed[name] = convert(name, kind, text if eq else "True")
+    return replace(cfg, **changed)
+
+
+def convert(name, kind, text):
+    """The value of `text` as type `kind`: str, int, float, bool, or one of the words of a Literal."""
+    if get_args(kind):
+        if text not in get_args(kind):
+            raise SystemExit(f"--{name}: one of {', '.join(get_args(kind))}, got {text!r}")
+        return text
+    try:
+        return {"true": True, "false": False, "1": True, "0": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise SystemExit(f"--{name}: expected {kind.__name__}, got {text!r}") from None
+
+
+def run(main):
+    """main(argv) of a script: utf-8 out whatever the terminal claims, and Ctrl-C is no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError as e:   # a folder that cannot be written, a full disk, a closed pipe
+        raise SystemExit(f"{type(e).__name__}: {e}") from None

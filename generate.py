@@ -1,0 +1,129 @@
+"""Write with a trained model: from nothing, after a prompt, or into its blanks; watch it unmask, or draw that.   settings: config.Sample
+
+    python generate.py --prompt="ROMEO:" --watch
+    python generate.py --prompt="To be, {12} that is the {8}:"         # {12}: a blank of 12 characters
+    python generate.py --length=1000 --steps=64 --order=entropy
+    python generate.py --svg=unmask.svg"""
+import html
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from config import COLOR, DEVICE, HERE, Sample, parse, run
+from data import Alphabet
+from train import build, load, reseed
+
+
+def plan(alphabet, s, T):
+    """The prompt and length of s as (ids, known), int64 and bool (L,); T characters if neither says how many."""
+    ids, known = alphabet.prompt(s.prompt)
+    L = s.length or (len(ids) if not known.all() else max(T, len(ids) + 1))
+    if L < len(ids):
+        raise SystemExit(f"length={L} is shorter than the prompt, which has {len(ids)} characters")
+    pad = (0, L - len(ids))
+    return torch.nn.functional.pad(ids, pad), torch.nn.functional.pad(known, pad)
+
+
+def write(method, ids, known, T, s):
+    """Fill s.n copies of ids (L,) where known (L,) is False; yields (x (n, L), confidence (n, L)) after every network call.
+
+    The network always sees a full window of T characters. A short text is a window that is cut; a long one is written from left to right,
+    each window starting half a window on, with what is written before it as clean context."""
+    L = len(ids)
+    pad = (0, max(0, T - L))
+    x = torch.nn.functional.pad(ids, pad).to(DEVICE).repeat(s.n, 1)                    # (n, max(L, T))
+    done = torch.nn.functional.pad(known, pad).to(DEVICE).repeat(s.n, 1)
+    x, sure = x.masked_fill(~done, method.mask), done.float()
+    end = x.size(1)
+    for start in [*range(0, end - T, max(1, T // 2)), end - T]:
+        w = slice(start, start + T)
+        if not done[:, w].all():
+            for part, p in method.sample(x[:, w], done[:, w], s):
+                x, sure = x.clone(), sure.clone()
+                x[:, w], sure[:, w] = part, torch.where(done[:, w], sure[:, w], p)
+                yield x[:, :L], sure[:, :L]
+            done[:, w] = True
+
+
+def watch(frames, alphabet):
+    """Show frames of (x, confidence) in the terminal as they come, one over the other; elsewhere, only the last. -> all frames"""
+    seen, up = [], 0
+    try:
+        for x, sure in frames:
+            seen.append((x, sure))
+            if COLOR:
+                columns, lines = shutil.get_terminal_size()
+                texts = [alphabet.paint(i, p) for i, p in zip(x.tolist(), sure.tolist(), strict=True)]
+                rows = sum(1 + max(0, len(row) - 1) // columns for i in x.tolist() for row in (alphabet.decode(i) + "\n").split("\n"))
+                print((f"\x1b[{up}F" if up else "\x1b[?25l") + "\x1b[J" + "\n\n".join(texts), flush=True)
+                up = min(rows - 1, lines - 1)
+                time.sleep(.02)
+    finally:
+        print("\x1b[?25h" if COLOR else "", end="", flush=True)
+    return seen
+
+
+def draw(frames, known, alphabet, seconds=8, columns=64):
+    """An animated SVG of the first text of frames [(x, confidence), ...]: dots turn into characters, red where the model guessed, green
+    where it was certain; known (L,) is the prompt, white. It needs no script, so it plays inside a README."""
+    blank = torch.where(known, frames[0][0][0].cpu(), len(alphabet))                  # what was there before the first call
+    steps = torch.stack([blank, *(x[0].cpu() for x, _ in frames)])                    # (calls + 1, L)
+    sure = torch.stack([known.float(), *(p[0].cpu() for _, p in frames)])
+    cells, row, col, width = [], 0, 0, 0
+    for j, last in enumerate(steps[-1].tolist()):
+        starts = [0, *((steps[1:, j] != steps[:-1, j]).nonzero().flatten() + 1).tolist()]
+        for start, end in zip(starts, [*starts[1:], None], strict=True):
+            token = int(steps[start, j])
+            if alphabet.show(token) not in " \n":
+                color = "#f0f6fc" if known[j] else "#484f58" if token == len(alphabet) else f"hsl({130 * sure[start, j]:.0f} 70% 65%)"
+                cells.append(f'<text x="{16 + 9.6 * col:.1f}" y="{32 + 22 * row}" fill="{color}">{html.escape(alphabet.show(token))}'
+                             + blink(start / len(steps), end and end / len(steps), seconds) + "</text>")
+        col, width = col + 1, max(width, col + 1)
+        if alphabet.show(last) == "\n" or col == columns:
+            row, col = row + 1, 0
+    w, h = 32 + 9.6 * width, 48 + 22 * row
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:.0f} {h}" width="{w:.0f}" height="{h}" font-size="16" '
+            'font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"><title>A masked diffusion model writing</title>\n'
+            '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>\n' + "\n".join(cells) + "\n</svg>\n")
+
+
+def blink(start, end, seconds, writing=.75):
+    """SVG animation: visible from start to end (None: for good), as shares of the writing, which is that share of the loop."""
+    at = [(0, int(start == 0))] * (start > 0) + [(start * writing, 1)] + ([(end * writing, 0)] if end else [])
+    if len(at) == 1:
+        return ""
+    return (f'<animate attributeName="opacity" calcMode="discrete" dur="{seconds}s" repeatCount="indefinite" '
+            f'keyTimes="{";".join(f"{t:.4f}" for t, _ in at)}" values="{";".join(str(v) for _, v in at)}"/>')
+
+
+def main(argv):
+    s = parse(argv, Sample())
+    trained = HERE / "out/masked/best.pt"
+    path = s.out or (trained if trained.exists() else HERE / "results/masked.pt")
+    name, c, meta, weights = load(path)
+    alphabet = Alphabet(meta["alphabet"], raw=meta["data"]["name"] == "enwik8")
+    method = build(c, meta).to(DEVICE).eval()
+    method.load_state_dict(weights)
+    ids, known = plan(alphabet, s, c.block_size)
+    blank = (~known).nonzero()
+    if name == "ar" and len(blank) and known[int(blank[0]):].any():
+        raise SystemExit("the autoregressive twin writes from left to right: it cannot use the text after a blank; use a masked checkpoint")
+    print(f"{path}: {name}, trained on {meta['data']['name']} for {meta['step']:,} steps", file=sys.stderr)
+    reseed(s.seed)
+    begun, frames = time.time(), write(method, ids, known, c.block_size, s)
+    frames = watch(frames, alphabet) if s.watch else list(frames)
+    took = time.time() - begun
+    x, sure = frames[-1] if frames else (ids.repeat(s.n, 1), known.float().repeat(s.n, 1))
+    if not (s.watch and COLOR):
+        print("\n\n".join(alphabet.paint(i, p, COLOR) for i, p in zip(x.tolist(), sure.tolist(), strict=True)))
+    print(f"{len(frames)} network calls, {took:.1f} s, {s.n * int((~known).sum()) / took:,.0f} characters/s", file=sys.stderr)
+    if s.svg:
+        Path(s.svg).write_text(draw(frames or [(x, sure)], known, alphabet), encoding="utf-8")
+        print(f"wrote {s.svg}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

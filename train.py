@@ -1,0 +1,364 @@
+"""Train the masked diffusion model, or with --objective=ar its autoregressive twin. Here live, once for every method, the loop (fit),
+the bound over a validation split (evaluate) and checkpoints (save, load).          settings: config.Config and config.Masked
+
+    python train.py                                        # tiny Shakespeare if it can be had, else Python's own documentation
+    python train.py --dataset=my.txt --max_iters=2000
+    python train.py --resume                               # goes on where the run stopped, to the bit on a CPU
+    torchrun --nproc_per_node=2 train.py --grad_accum=2"""
+import copy
+import csv
+import math
+import os
+import pickle
+import signal
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from config import AMP, COLOR, DEVICE, GPU, HERE, Masked, Sample, parse, run
+from data import Text
+from diffusion import Autoregressive, MaskedDiffusion
+from model import Transformer
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
+FIRST = 100   # the first report comes at this step, before anything is compiled
+LOG = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]   # log.csv: losses in nats, bits per character
+CONFIGS = {"masked": Masked, "ar": Masked}
+SAMPLERS = {"masked": "generate.py", "ar": "generate.py"}
+BAKED = ("objective", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer")   # what a run cannot change on the way
+
+
+def build(c, meta):
+    """The method of a run: c its Masked settings, meta its alphabet -> MaskedDiffusion or Autoregressive."""
+    V = len(meta["alphabet"])
+    net = Transformer(c, nn.Embedding(V + 1, c.n_embd), V, causal=c.objective == "ar")
+    return Autoregressive(net, V) if c.objective == "ar" else MaskedDiffusion(net, V, c.schedule, c.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def evaluate(method, val, levels, batch_size=128, seed=0):
+    """The bound of method on the windows val (W, ...), each at `levels` stratified noise levels, with the same noise every time.
+
+    -> dict: bound and stderr in nats per character (stderr is that of the text: the deviation of about 50 contiguous blocks / sqrt 50,
+    since neighbours are alike), bits per character, masked_ce = total CE / number masked (not a bound), buckets = mean nats in fifths
+    of t, windows = the bound of each window (W,) in float64."""
+    W, g = len(val), torch.Generator().manual_seed(seed)
+    place = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W         # window w, level j: u = (j + place_w) / levels
+    u = ((torch.arange(levels) + place[:, None]) / levels).flatten().to(val.device)   # (W * levels,)
+    seeds = np.random.SeedSequence((seed, W)).generate_state(W * levels).tolist()
+    draws = []
+    for rows in torch.arange(W * levels).split(batch_size):
+        nats, t = method.bound(val[rows // levels].long(), u[rows], [seeds[i] for i in rows])
+        draws.append(torch.stack([nats, t]).double().cpu())
+    nats, t = torch.cat(draws, 1)                                                     # (W * levels,) each
+    windows = nats.view(W, levels).mean(1)                                            # (W,)
+    blocks = torch.stack([b.mean() for b in windows.tensor_split(min(50, W))])
+    fifth = (t * 5).ceil().clamp(1, 5)
+    bound = windows.mean().item()
+    return dict(bound=bound, stderr=(blocks.std() / len(blocks) ** .5).item(), bits=bound / math.log(2), windows=windows,
+                masked_ce=((t * nats).sum() / t.sum()).item(), buckets=[nats[fifth == i].mean().item() for i in range(1, 6)])
+
+
+def look(val, c, method):
+    """What a glance during training evaluates: (evenly spaced windows, levels), forward passes for at most a twentieth of the run's."""
+    levels = min(4, method.levels)
+    n = min(len(val), max(2, c.eval_interval * c.batch_size * c.grad_accum // 10 // levels))
+    return val[torch.linspace(0, len(val) - 1, n).long()], levels
+
+
+def report(e, exact):
+    """One evaluation in words. exact: the bound is the likelihood itself, and there is no noise to sort it by."""
+    line = f"{e['bound']:.4f} ± {e['stderr']:.4f} nats/char{'' if exact else ' bound'} = {e['bits']:.3f} ± {e['stderr'] / math.log(2):.3f} bits"
+    shares = ("0-.2", ".2-.4", ".4-.6", ".6-.8", ".8-1")
+    return line if exact else line + (f" | masked CE {e['masked_ce']:.3f} | CE by share masked: "
+                                      + "  ".join(f"{s}: {b:.2f}" for s, b in zip(shares, e["buckets"], strict=True)))
+
+
+# --------------------------------------------------------------------------------------------------------------- checkpoints
+
+def folder(c, name):
+    """The folder of a run: out, or out/<method> beside the scripts."""
+    return Path(c.out) if c.out else HERE / "out" / name
+
+
+def make_room(out):
+    """An empty folder for a fresh run; an earlier run that is there moves to the next free number, and is named."""
+    if (out / "ckpt.pt").exists():
+        aside = next(p for p in (out.with_name(f"{out.name}.{i}") for i in range(1, 10 ** 6)) if not p.exists())
+        out.rename(aside)
+        print(f"the run in {out} is now in {aside}; to go on with it: python train.py --resume --out={aside}")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def save(path, state):
+    """Write state to path whole or not at all; one line and exit 1 if the disk will not take it."""
+    part = path.with_suffix(".part")
+    try:
+        torch.save(state, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:
+        part.unlink(missing_ok=True)
+        raise SystemExit(f"cannot write {path} ({str(e).splitlines()[0]}); what was saved before is whole") from None
+
+
+def read(path):
+    """The dict in a checkpoint file; one line and exit 1 if it is missing or damaged."""
+    try:
+        state = torch.load(path, map_location=DEVICE, weights_only=True)
+        known = {f.name for f in fields(CONFIGS[state["method"]])} if state["method"] in CONFIGS else state["config"].keys()
+        if extra := state["config"].keys() - known:
+            raise SystemExit(f"{path} was made by another version: it has the setting {min(extra)!r}")
+        return state
+    except FileNotFoundError:
+        raise SystemExit(f"no checkpoint at {path}: train first, or pass --out=FOLDER") from None
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, pickle.UnpicklingError) as e:
+        raise SystemExit(f"{path} is damaged, or no checkpoint of this project ({type(e).__name__})") from None
+
+
+def load(path, methods=("masked", "ar")):
+    """A checkpoint, or the folder of a run (its best.pt) -> (method name, settings, meta, weights); anything but a checkpoint of one
+    of `methods` is one line and exit 1."""
+    path = Path(path)
+    path = path / "best.pt" if path.is_dir() else path
+    state = read(path)
+    if state["method"] not in methods:
+        raise SystemExit(f"{path} is a {state['method']} checkpoint: python {SAMPLERS.get(state['method'], '?')} --out={path}")
+    meta = {k: state[k] for k in ("method", "alphabet", "data", "step")}
+    return state["method"], CONFIGS[state["method"]](**state["config"]), meta, {k: v.float() for k, v in state["ema"].items()}
+
+
+def resumed(argv, c, name):
+    """The settings a run goes on with: its own, but for what is typed in argv; told, and refused where the network would change."""
+    state = read(folder(c, name) / "ckpt.pt")
+    was = CONFIGS[state["method"]](**state["config"], out=c.out, resume=True)
+    now = parse(argv, was)
+    for k, old in asdict(was).items():
+        new = getattr(now, k)
+        if new != old and k in BAKED:
+            raise SystemExit(f"--{k}={new}: this run has {k}={old}, which cannot change; leave --resume out for a new run")
+        if new != old and RANK == 0:
+            print(f"{k}: {old} -> {new}")
+    return now
+
+
+# ------------------------------------------------------------------------------------------------------------------ training
+
+def reseed(*key):
+    """Seed torch from a tuple of integers. Every micro-batch has a stream of its own, (seed, step, i): resuming is exact with no generator
+    saved, evaluating or sampling in the middle changes nothing, and it does not matter which process takes which micro-batch."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def learning_rate(c, step):
+    """Linear warm-up, constant, and over the last half a linear decay to zero: a function of the step alone."""
+    return c.learning_rate * min((step + 1) / (c.warmup_iters + 1), 2 * (1 - step / c.max_iters), 1)
+
+
+def optimizers(method, c):
+    """AdamW for everything; or with optimizer=muon, Muon for the matrices of the blocks at the same learning rate."""
+    muon = {n: p for n, p in method.named_parameters() if c.optimizer == "muon" and "blocks." in n}
+    rest = [p for n, p in method.named_parameters() if n not in muon]
+    opts = [torch.optim.AdamW(rest, betas=(.9, .98), weight_decay=c.weight_decay, fused=True)]
+    if muon:
+        opts.append(torch.optim.Muon(muon.values(), weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return opts
+
+
+def compile_net(method, data, c):
+    """Compile the network in place and warm it up; where that fails (no C++ compiler), one line and on without."""
+    try:
+        method.net.compile(dynamic=False)
+        method(data.batch(c.batch_size)).backward()
+    except RuntimeError as e:
+        method.net._compiled_call_impl = None
+        tqdm.write(f"going on without torch.compile, which failed here: {type(e).__name__}")
+    method.zero_grad(set_to_none=True)
+    return True
+
+
+def share(method, loss, stop):
+    """Add up the gradients, the loss and the wish to stop of all processes of torchrun, in one message. -> (loss, stop)"""
+    if WORLD == 1:
+        return loss, stop
+    grads = [p.grad for p in method.parameters()]
+    flat = torch.cat([*(g.flatten() for g in grads), torch.stack([loss, torch.full_like(loss, stop)])])
+    dist.all_reduce(flat)
+    for g, part in zip(grads, flat[:-2].split([g.numel() for g in grads]), strict=True):
+        g.copy_(part.view_as(g))
+    return flat[-2], flat[-1].item() > 0
+
+
+def train_step(method, data, c, step, opts, scaler, stop):
+    """One update, from this process's share of the step's micro-batches. -> (mean loss over all of them, whether anyone wants to stop)"""
+    for group in (g for o in opts for g in o.param_groups):
+        group["lr"] = learning_rate(c, step)
+    loss = torch.zeros((), device=DEVICE)
+    for i in range(RANK, c.grad_accum, WORLD):
+        reseed(c.seed, step, i)
+        part = method(data.batch(c.batch_size)) / c.grad_accum
+        scaler.scale(part).backward()
+        loss += part.detach()
+    loss, stop = share(method, loss, stop)
+    for o in opts:
+        scaler.unscale_(o)
+    nn.utils.clip_grad_norm_(method.parameters(), c.grad_clip or math.inf)
+    for o in opts:
+        scaler.step(o)
+        o.zero_grad(set_to_none=True)
+    scaler.update()
+    return loss, stop
+
+
+def first_line(method, data, c, meta, steps):
+    """What is about to happen: model, size, device, data, how long (two passes are timed), how to stop and go on."""
+    for _ in range(2):
+        begun = time.time()
+        method(data.batch(c.batch_size)).backward()
+        method.zero_grad(set_to_none=True)
+        if GPU:
+            torch.cuda.synchronize()
+    minutes = (time.time() - begun) * steps * c.grad_accum / WORLD / 60
+    return (f"{meta['method']}, {sum(p.numel() for p in method.parameters()):,} parameters, {DEVICE} {str(AMP)[6:]}"
+            f"{f' x {WORLD}' if WORLD > 1 else ''} | {data} | {steps:,} steps, about {minutes:.0f} min or less"
+            f" | Ctrl-C saves, --resume goes on")
+
+
+class Stop:
+    """Ctrl-C or SIGTERM: the first lets the step finish and saves, the second ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, *_):
+        if self.asked:
+            raise SystemExit("stopped at once; the last checkpoint is whole")
+        self.asked = True
+
+    def restore(self):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def fit(method, data, c, meta, show=None):
+    """Train method, a module whose forward(batch) is its loss, on data.batch(n), and evaluate its moving average on data.val.
+
+    Every c.eval_interval steps the run's folder gets log.csv, ckpt.pt (all that is needed to go on) and, if the bound fell, best.pt (the
+    averaged weights); then show(averaged method) is called. -> the averaged method with its best weights, or None if it was stopped."""
+    if c.grad_accum % WORLD:
+        raise SystemExit(f"grad_accum={c.grad_accum} is not a multiple of the {WORLD} processes")
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if GPU else "gloo")
+    say = tqdm.write if RANK == 0 else lambda line: None
+    method.to(DEVICE).train()
+    ema = copy.deepcopy(method).eval().requires_grad_(False)
+    opts, scaler = optimizers(method, c), torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
+    at = dict(step=0, seconds=0.0, loss=torch.zeros((), device=DEVICE), count=0, best=math.inf, best_step=0, log=[])
+    out = folder(c, meta["method"])
+    if c.resume:
+        state = read(out / "ckpt.pt")
+        at = state["at"]
+        if state["data"] != meta["data"]:
+            raise SystemExit(f"{out} was trained on {state['data']['name']}, not on this {meta['data']['name']}")
+        if at["step"] >= c.max_iters:
+            raise SystemExit(f"{out} is finished, at step {at['step']}; --max_iters={2 * at['step']} would go on")
+        for part, saved in zip([method, ema, scaler, *opts], [state["model"], state["ema"], state["scaler"], *state["optimizers"]], strict=True):
+            part.load_state_dict(saved)
+    elif RANK == 0:
+        make_room(out)
+    say(first_line(method, data, c, meta, c.max_iters - at["step"]))
+    keep = {**meta, "config": {k: v for k, v in asdict(c).items() if k not in ("out", "resume")}}
+
+    stop, begun, compiled, busy = Stop(), time.time() - at["seconds"], False, []
+    bar = tqdm(total=c.max_iters, initial=at["step"], disable=None if RANK == 0 else True, dynamic_ncols=True)
+    while at["step"] < c.max_iters and not stop.asked:
+        tick, step = time.time(), at["step"]
+        if c.compile and not compiled and step >= FIRST and c.max_iters >= 10 * FIRST:
+            compiled = compile_net(method, data, c)
+        loss, stop.asked = train_step(method, data, c, step, opts, scaler, stop.asked)
+        torch._foreach_lerp_(list(ema.parameters()), list(method.parameters()), 1 - min(c.ema, (1 + step) / (10 + step)))
+        at.update(step=step + 1, loss=at["loss"] + loss, count=at["count"] + 1)
+        busy.append(time.time() - tick)
+        bar.update()
+
+        done = at["step"] == c.max_iters
+        due = done or at["step"] == FIRST or at["step"] % c.eval_interval == 0
+        if due or stop.asked or step % 10 == 0:
+            mean = at["loss"].item() / at["count"]
+            bar.set_postfix_str(f"loss {mean:.3f}")
+            if not math.isfinite(mean):
+                raise SystemExit(f"the loss is {mean} at step {step}, learning rate {learning_rate(c, step):.2g}; "
+                                 f"nothing after the last checkpoint was saved; try a lower --learning_rate")
+        if RANK == 0 and (due or stop.asked):
+            if due:
+                e = evaluate(ema, *((data.val, method.levels) if done else look(data.val, c, method)))
+                at["seconds"] = time.time() - begun
+                at["log"].append([at["step"], round(at["seconds"], 1), mean, *(e[k] for k in LOG[3:7]), learning_rate(c, step)])
+                rate = data.T * c.batch_size * c.grad_accum / sorted(busy)[len(busy) // 2]
+                say(f"step {at['step']} | loss {mean:.3f} | {report(e, method.levels == 1)} | {rate:,.0f} characters/s")
+                if e["bound"] < at["best"]:
+                    at.update(best=e["bound"], best_step=at["step"])
+                    save(out / "best.pt", {**keep, "step": at["step"], "ema": ema.state_dict()})
+            at["seconds"] = time.time() - begun
+            at.update({"loss": torch.zeros_like(loss), "count": 0} if due else {})
+            save(out / "ckpt.pt", {**keep, "step": at["step"], "model": method.state_dict(), "ema": ema.state_dict(), "at": at,
+                                   "optimizers": [o.state_dict() for o in opts], "scaler": scaler.state_dict()})
+            with (out / "log.csv").open("w", newline="", encoding="utf-8") as f:
+                csv.writer(f).writerows([LOG, *at["log"]])
+            if due:
+                busy.clear()
+                show and show(ema)
+        elif due:
+            at.update(loss=torch.zeros_like(loss), count=0)
+    bar.close()
+    stop.restore()
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if at["step"] < c.max_iters:
+        say(f"stopped at step {at['step']}, saved in {out}; --resume goes on")
+        return None
+    return finish(ema, data, out, at, say)
+
+
+def finish(ema, data, out, at, say):
+    """The last word of a run: its bound over the whole validation split, from the best weights."""
+    if RANK == 0 and at["best_step"] < at["step"]:
+        ema.load_state_dict(read(out / "best.pt")["ema"])
+        e = evaluate(ema, data.val, ema.levels)
+        say(f"best.pt is from step {at['best_step']}: {report(e, ema.levels == 1)}, over the whole validation split")
+    return ema
+
+
+def main(argv):
+    c = parse(argv, Masked())
+    if c.resume:
+        c = resumed(argv, c, c.objective)
+    data = Text(c)
+    warn = (lambda: print(data.warning)) if data.warning and RANK == 0 else (lambda: None)
+    warn()
+    meta = {"method": c.objective, **data.meta}
+    reseed(c.seed)
+    method = build(c, meta)
+
+    def show(ema):
+        reseed(c.seed)
+        nothing = torch.zeros(1, c.block_size, dtype=torch.long, device=DEVICE)
+        *_, (x, sure) = ema.sample(nothing, nothing > 0, Sample(steps=64))
+        tqdm.write("\n" + data.alphabet.paint(x[0].tolist(), sure[0].tolist(), COLOR) + "\n")
+
+    if fit(method, data, c, meta, show) and RANK == 0:
+        out = folder(c, c.objective)
+        print(f"done: python generate.py{'' if out == HERE / 'out/masked' else f' --out={out}'} writes with it")
+    warn()
+
+
+if __name__ == "__main__":
+    run(main)
