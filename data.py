@@ -59,7 +59,7 @@ def fetch(urls, path, check, timeout=10):
             os.replace(part, path)
             return
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, urllib.error.URLError) as e:
-            told.append(f"{url}: {getattr(e, 'reason', None) or e or type(e).__name__}")
+            told.append(f"{url}: {str(e) or type(e).__name__}")
         finally:
             part.unlink(missing_ok=True)
             path.with_name(part.name + "2").unlink(missing_ok=True)

@@ -61,7 +61,7 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
     nats, t = torch.cat(draws, 1)                                                     # (W * levels,) each
     windows = nats.view(W, levels).mean(1)                                            # (W,)
     blocks = torch.stack([b.mean() for b in windows.tensor_split(min(50, W))])
-    fifth = (t * 5).ceil().clamp(1, 5)
+    fifth = (5 * t - 1e-6).ceil().clamp(1, 5)
     bound = windows.mean().item()
     return dict(bound=bound, stderr=(blocks.std() / len(blocks) ** .5).item(), bits=bound / math.log(2), windows=windows,
                 masked_ce=((t * nats).sum() / t.sum()).item(), buckets=[nats[fifth == i].mean().item() for i in range(1, 6)])
@@ -119,7 +119,7 @@ def read(path):
         return state
     except FileNotFoundError:
         raise SystemExit(f"no checkpoint at {path}: train first, or pass --out=FOLDER") from None
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, pickle.UnpicklingError) as e:
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, pickle.UnpicklingError) as e:
         raise SystemExit(f"{path} is damaged, or no checkpoint of this project ({type(e).__name__})") from None
 
 
@@ -185,11 +185,12 @@ def compile_net(method, data, c):
 
 
 def share(method, loss, stop):
-    """Add up the gradients, the loss and the wish to stop of all processes of torchrun, in one message. -> (loss, stop)"""
+    """Add up the gradients, the loss and the wish to stop of all processes of torchrun, in one message. -> (loss, whether to stop: one
+    answer for all)"""
     if WORLD == 1:
-        return loss, stop
+        return loss, stop.asked
     grads = [p.grad for p in method.parameters()]
-    flat = torch.cat([*(g.flatten() for g in grads), torch.stack([loss, torch.full_like(loss, stop)])])
+    flat = torch.cat([*(g.flatten() for g in grads), torch.stack([loss, torch.full_like(loss, stop.asked)])])
     dist.all_reduce(flat)
     for g, part in zip(grads, flat[:-2].split([g.numel() for g in grads]), strict=True):
         g.copy_(part.view_as(g))
@@ -197,7 +198,7 @@ def share(method, loss, stop):
 
 
 def train_step(method, data, c, step, opts, scaler, stop):
-    """One update, from this process's share of the step's micro-batches. -> (mean loss over all of them, whether anyone wants to stop)"""
+    """One update, from this process's share of the step's micro-batches. -> (mean loss over all of them, whether to stop)"""
     for group in (g for o in opts for g in o.param_groups):
         group["lr"] = learning_rate(c, step)
     loss = torch.zeros((), device=DEVICE)
@@ -206,7 +207,7 @@ def train_step(method, data, c, step, opts, scaler, stop):
         part = method(data.batch(c.batch_size)) / c.grad_accum
         scaler.scale(part).backward()
         loss += part.detach()
-    loss, stop = share(method, loss, stop)
+    loss, ending = share(method, loss, stop)
     for o in opts:
         scaler.unscale_(o)
     nn.utils.clip_grad_norm_(method.parameters(), c.grad_clip or math.inf)
@@ -214,7 +215,7 @@ def train_step(method, data, c, step, opts, scaler, stop):
         scaler.step(o)
         o.zero_grad(set_to_none=True)
     scaler.update()
-    return loss, stop
+    return loss, ending
 
 
 def first_line(method, data, c, meta, steps):
@@ -252,7 +253,7 @@ def fit(method, data, c, meta, show=None):
     """Train method, a module whose forward(batch) is its loss, on data.batch(n), and evaluate its moving average on data.val.
 
     Every c.eval_interval steps the run's folder gets log.csv, ckpt.pt (all that is needed to go on) and, if the bound fell, best.pt (the
-    averaged weights); then show(averaged method) is called. -> the averaged method with its best weights, or None if it was stopped."""
+    averaged weights); then show(averaged method) is called. -> the averaged method, or None if the run was stopped. A run that ends puts the bound of its best weights over the whole split in best.pt."""
     if c.grad_accum % WORLD:
         raise SystemExit(f"grad_accum={c.grad_accum} is not a multiple of the {WORLD} processes")
     if WORLD > 1 and not dist.is_initialized():
@@ -277,13 +278,13 @@ def fit(method, data, c, meta, show=None):
     say(first_line(method, data, c, meta, c.max_iters - at["step"]))
     keep = {**meta, "config": {k: v for k, v in asdict(c).items() if k not in ("out", "resume")}}
 
-    stop, begun, compiled, busy = Stop(), time.time() - at["seconds"], False, []
+    stop, ending, begun, compiled, busy = Stop(), False, time.time() - at["seconds"], False, []
     bar = tqdm(total=c.max_iters, initial=at["step"], disable=None if RANK == 0 else True, dynamic_ncols=True)
-    while at["step"] < c.max_iters and not stop.asked:
+    while at["step"] < c.max_iters and not ending:
         tick, step = time.time(), at["step"]
         if c.compile and not compiled and step >= FIRST and c.max_iters >= 10 * FIRST:
             compiled = compile_net(method, data, c)
-        loss, stop.asked = train_step(method, data, c, step, opts, scaler, stop.asked)
+        loss, ending = train_step(method, data, c, step, opts, scaler, stop)
         torch._foreach_lerp_(list(ema.parameters()), list(method.parameters()), 1 - min(c.ema, (1 + step) / (10 + step)))
         at.update(step=step + 1, loss=at["loss"] + loss, count=at["count"] + 1)
         busy.append(time.time() - tick)
@@ -291,15 +292,15 @@ def fit(method, data, c, meta, show=None):
 
         done = at["step"] == c.max_iters
         due = done or at["step"] == FIRST or at["step"] % c.eval_interval == 0
-        if due or stop.asked or step % 10 == 0:
+        if due or ending or step % 10 == 0:
             mean = at["loss"].item() / at["count"]
             bar.set_postfix_str(f"loss {mean:.3f}")
             if not math.isfinite(mean):
                 raise SystemExit(f"the loss is {mean} at step {step}, learning rate {learning_rate(c, step):.2g}; "
                                  f"nothing after the last checkpoint was saved; try a lower --learning_rate")
-        if RANK == 0 and (due or stop.asked):
+        if RANK == 0 and (due or ending):
             if due:
-                e = evaluate(ema, *((data.val, method.levels) if done else look(data.val, c, method)))
+                e = evaluate(ema, *look(data.val, c, method))
                 at["seconds"] = time.time() - begun
                 at["log"].append([at["step"], round(at["seconds"], 1), mean, *(e[k] for k in LOG[3:7]), learning_rate(c, step)])
                 rate = data.T * c.batch_size * c.grad_accum / sorted(busy)[len(busy) // 2]
@@ -325,15 +326,12 @@ def fit(method, data, c, meta, show=None):
     if at["step"] < c.max_iters:
         say(f"stopped at step {at['step']}, saved in {out}; --resume goes on")
         return None
-    return finish(ema, data, out, at, say)
-
-
-def finish(ema, data, out, at, say):
-    """The last word of a run: its bound over the whole validation split, from the best weights."""
-    if RANK == 0 and at["best_step"] < at["step"]:
-        ema.load_state_dict(read(out / "best.pt")["ema"])
+    if RANK == 0:
+        best = read(out / "best.pt")
+        ema.load_state_dict(best["ema"])
         e = evaluate(ema, data.val, ema.levels)
-        say(f"best.pt is from step {at['best_step']}: {report(e, ema.levels == 1)}, over the whole validation split")
+        save(out / "best.pt", {**best, "bound": e["bound"], "stderr": e["stderr"]})
+        say(f"best weights, of step {best['step']}, over the whole validation split: {report(e, ema.levels == 1)}")
     return ema
 
 

@@ -1,0 +1,143 @@
+"""Corpora against a server that cuts, stalls, lies and refuses; alphabets, windows and prompts."""
+import hashlib
+import http.server
+import io
+import threading
+import time
+import zipfile
+
+import pytest
+import torch
+
+import data
+from config import Masked
+from data import Alphabet, Text, fetch
+
+BODY = b"To be, or not to be, that is the question.\n" * 100
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/refuse":
+            return self.send_error(404)
+        body = BODY
+        if self.path == "/corpus.zip":
+            packed = io.BytesIO()
+            with zipfile.ZipFile(packed, "w") as z:
+                z.writestr("corpus.txt", BODY)
+            body = packed.getvalue()
+        if self.path == "/lie":
+            body = b"x" * len(BODY)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.path == "/stall":
+            self.wfile.write(body[:100])
+            self.wfile.flush()
+            time.sleep(3)
+        self.wfile.write(body[:100] if self.path in ("/cut", "/stall") else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{s.server_port}"
+    s.shutdown()
+
+
+@pytest.mark.parametrize("path, check", [("/whole", SHA), ("/whole", len(BODY)), ("/corpus.zip", SHA)])
+def test_fetch_verifies_unpacks_and_renames(server, tmp_path, path, check):
+    fetch([server + path], tmp_path / "data/corpus.txt", check, timeout=5)
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["corpus.txt"]
+    assert (tmp_path / "data/corpus.txt").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("path, check, says", [("/cut", SHA, "cut after 100 of 4,300"), ("/lie", SHA, "not the right file"), ("/stall", SHA, "timed out"),
+                                               ("/refuse", SHA, "404"), ("/whole", 99, "not the right file")])
+def test_a_bad_download_is_told_and_leaves_nothing(server, tmp_path, path, check, says):
+    with pytest.raises(OSError, match=says):
+        fetch([server + path], tmp_path / "corpus.txt", check, timeout=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_second_address_is_tried(server, tmp_path):
+    fetch([server + "/cut", "http://127.0.0.1:9/", server + "/whole"], tmp_path / "corpus.txt", SHA, timeout=2)
+    assert (tmp_path / "corpus.txt").read_bytes() == BODY
+
+
+def corpora(monkeypatch, server, path="/whole"):
+    monkeypatch.setitem(data.CORPORA, "shakespeare", ("tinyshakespeare.txt", [server + path], SHA))
+
+
+def test_auto_takes_shakespeare_if_it_can_be_had(server, tmp_path, monkeypatch):
+    corpora(monkeypatch, server)
+    d = Text(Masked(data_dir=str(tmp_path), block_size=8))
+    assert d.name == "shakespeare" and not d.warning and (tmp_path / "tinyshakespeare.txt").exists()
+
+
+@pytest.mark.parametrize("path", ["/refuse", "/cut", "/lie"])
+def test_auto_falls_back_loudly_and_a_named_corpus_never(server, tmp_path, monkeypatch, path):
+    corpora(monkeypatch, server, path)
+    d = Text(Masked(data_dir=str(tmp_path), block_size=8))
+    assert d.name == "pydoc" and "NO TINY SHAKESPEARE" in d.warning and "\n" not in d.warning
+    assert len(d.train) > 400_000 * .8
+    with pytest.raises(SystemExit, match="could not be downloaded"):
+        Text(Masked(data_dir=str(tmp_path), dataset="shakespeare"))
+
+
+def test_a_cut_file_on_disk_is_told_and_not_used(tmp_path):
+    (tmp_path / "tinyshakespeare.txt").write_bytes(BODY)
+    with pytest.raises(SystemExit, match="is not shakespeare: cut, or another file"):
+        Text(Masked(data_dir=str(tmp_path), dataset="shakespeare"))
+    assert Text(Masked(data_dir=str(tmp_path))).name == "pydoc"
+
+
+def test_split_windows_and_batches(tmp_path):
+    path = tmp_path / "abc.txt"
+    path.write_bytes("\ufeffab\r\ncé".encode() * 200)
+    d = Text(Masked(dataset=str(path), block_size=7))
+    assert d.alphabet.chars == "\nabcé\ufeff"                       # only the first byte-order mark is one; \r is gone
+    n = int(.9 * (6 * 200 - 1))
+    assert d.train.dtype == torch.uint8 and len(d.train) == n and d.val.shape == ((6 * 200 - 1 - n) // 7, 7)
+    whole = torch.cat([d.train, d.val.flatten()]).long()
+    assert d.alphabet.decode(whole.tolist()) == path.read_text("utf-8-sig")[:len(whole)]
+    x = d.batch(500)
+    windows = {tuple(d.train[i:i + 7].tolist()) for i in range(n - 6)}
+    assert x.shape == (500, 7) and x.dtype == torch.int64 and {tuple(r) for r in x.tolist()} <= windows
+
+
+def test_a_large_alphabet_takes_two_bytes(tmp_path):
+    path = tmp_path / "many.txt"
+    path.write_text("".join(chr(0x4E00 + i % 500) for i in range(3000)), encoding="utf-8")
+    d = Text(Masked(dataset=str(path), block_size=8))
+    assert d.train.dtype == torch.int16 and int(d.train.max()) == 499
+
+
+def test_bytes_of_enwik8_come_back():
+    a = Alphabet("".join(map(chr, range(256))), raw=True)
+    ids, known = a.prompt("né{2}!")
+    assert known.tolist() == [True] * 3 + [False] * 2 + [True] and a.decode(ids.tolist()) == "né\0\0!"
+    assert a.decode([195]) == "�"                                   # half a character is shown, not raised
+
+
+def test_prompts():
+    a = Alphabet("\n {}abcn\\")
+
+    def parsed(text):
+        ids, known = a.prompt(text)
+        return "".join(a.show(i) if k else "_" for i, k in zip(ids.tolist(), known.tolist(), strict=True))
+
+    assert parsed("ab{3}c") == "ab___c"                             # blanks stand where they stand
+    assert parsed("{1}a{2}{1}") == "_a___"
+    assert parsed(r"a\nb") == "a\nb" and parsed("{{a}{2}b") == "{a}__b"
+    assert parsed("") == ""
+    for bad in ("{", "{x}", "{0}", "{-1}", "{12", "a{}"):
+        with pytest.raises(SystemExit, match="a blank is written"):
+            a.prompt(bad)
+    with pytest.raises(SystemExit, match="never seen 'Q'"):
+        a.prompt("aQ")

@@ -1,0 +1,191 @@
+"""The loop: resuming, kill -9, several processes, what is written and what is kept."""
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from config import Masked
+from data import Text
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=4", "--warmup_iters=2", "--dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"{i * i} is the square of {i}.\n" for i in range(400)), encoding="utf-8")
+    return f"--dataset={path}"
+
+
+def shell(*args, env=None, **k):
+    return subprocess.Popen([sys.executable, *args], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **k)
+
+
+def log(out):
+    with open(out / "log.csv", encoding="utf-8") as f:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(f)]
+
+
+def weights(out):
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    return [*state["model"].values(), *state["ema"].values(), *(v for o in state["optimizers"] for s in o["state"].values() for v in s.values())]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resume_is_the_straight_run_bit_for_bit(corpus, tmp_path, optimizer):
+    """Stopped by a signal at a step that is no evaluation's, resumed: weights, moving average, optimizer state and log are the same."""
+    args = [corpus, *TINY, "--max_iters=23", "--eval_interval=5", f"--optimizer={optimizer}"]
+    train.main([*args, f"--out={tmp_path}/straight"])
+    stop_at(13, args + [f"--out={tmp_path}/cut"])
+    assert torch.load(tmp_path / "cut/ckpt.pt", weights_only=True)["step"] == 14
+    train.main(["--resume", f"--out={tmp_path}/cut"])
+    assert same(tmp_path / "straight", tmp_path / "cut")
+    assert log(tmp_path / "straight") == log(tmp_path / "cut") and len(log(tmp_path / "cut")) == 5
+
+
+def stop_at(step, args):
+    """train.main, which gets a SIGTERM after that many steps."""
+    honest = train.train_step
+
+    def step_and_signal(method, data, c, i, *rest):
+        result = honest(method, data, c, i, *rest)
+        if i + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    train.train_step = step_and_signal
+    try:
+        train.main(args)
+    finally:
+        train.train_step = honest
+
+
+def test_evaluating_more_often_changes_no_weight(corpus, tmp_path):
+    for interval in (3, 7):
+        train.main([corpus, *TINY, "--max_iters=10", f"--eval_interval={interval}", f"--out={tmp_path}/{interval}"])
+    assert same(tmp_path / "3", tmp_path / "7")
+
+
+def test_kill_9_at_any_moment_loses_nothing(corpus, tmp_path):
+    """Killed again and again while it steps, evaluates and saves (every third step), the run ends as the straight one does."""
+    args = [corpus, *TINY, "--max_iters=240", "--eval_interval=3"]
+    straight = shell("train.py", *args, f"--out={tmp_path}/straight")
+    p = shell("train.py", *args, f"--out={tmp_path}/killed")
+    kills = 0
+    while kills < 4:
+        ckpt = tmp_path / "killed/ckpt.pt"
+        before, deadline = ckpt.stat().st_mtime_ns if ckpt.exists() else 0, time.time() + 60
+        while not (ckpt.exists() and ckpt.stat().st_mtime_ns > before) and time.time() < deadline:
+            time.sleep(.01)
+        time.sleep(.037 * kills)
+        assert p.poll() is None, p.stdout.read()
+        p.kill()
+        p.wait()
+        kills += 1
+        p = shell("train.py", "--resume", f"--out={tmp_path}/killed")
+    out = p.communicate(timeout=120)[0]
+    assert p.returncode == 0 and "done" in out, out
+    assert straight.wait(timeout=120) == 0
+    assert same(tmp_path / "straight", tmp_path / "killed") and log(tmp_path / "straight") == log(tmp_path / "killed")
+
+
+def test_two_processes_equal_one(corpus, tmp_path):
+    args = ["train.py", corpus, *TINY, "--max_iters=6", "--eval_interval=3", "--grad_accum=2"]
+    one = shell(*args, f"--out={tmp_path}/one")
+    two = shell("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", *args, f"--out={tmp_path}/two")
+    for p in (one, two):
+        out = p.communicate(timeout=120)[0]
+        assert p.returncode == 0, out
+    worst = max((a - b).abs().max().item() for a, b in zip(weights(tmp_path / "one"), weights(tmp_path / "two"), strict=True))
+    assert worst < 1e-6
+    assert [r["step"] for r in log(tmp_path / "two")] == ["3", "6"]
+    assert float(log(tmp_path / "two")[1]["bound"]) == pytest.approx(float(log(tmp_path / "one")[1]["bound"]), abs=1e-6)
+
+
+def test_three_micro_batches_do_not_fit_two_processes(corpus, tmp_path):
+    p = shell("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618", "train.py", corpus, *TINY, "--grad_accum=3",
+              f"--out={tmp_path}/three")
+    assert "grad_accum=3 is not a multiple of the 2 processes" in p.communicate(timeout=120)[0] and p.returncode
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path):
+    p = shell("train.py", corpus, *TINY, "--max_iters=100000", f"--out={tmp_path}/run")
+    while not (tmp_path / "run/ckpt.pt").exists():                   # the first report, at step 100
+        assert p.poll() is None, p.stdout.read()
+        time.sleep(.05)
+    p.send_signal(signal.SIGINT)
+    out = p.communicate(timeout=60)[0]
+    assert p.returncode == 0 and "--resume goes on" in out.splitlines()[-1] and "Traceback" not in out
+    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] > 100
+
+
+def test_a_fresh_run_moves_the_old_one_aside(corpus, tmp_path, capsys):
+    args = [corpus, *TINY, "--max_iters=2", f"--out={tmp_path}/run"]
+    for _ in range(3):
+        train.main(args)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
+    assert all((p / "ckpt.pt").exists() and (p / "best.pt").exists() for p in tmp_path.iterdir())
+    assert f"to go on with it: python train.py --resume --out={tmp_path}/run.2" in capsys.readouterr().out
+
+
+def test_a_finished_run_goes_on_with_more_steps(corpus, tmp_path, capsys):
+    train.main([corpus, *TINY, "--max_iters=3", f"--out={tmp_path}/run"])
+    train.main(["--resume", "--max_iters=5", f"--out={tmp_path}/run"])
+    assert "max_iters: 3 -> 5" in capsys.readouterr().out
+    assert [r["step"] for r in log(tmp_path / "run")] == ["3", "5"]
+
+
+def test_a_nan_stops_with_step_and_rate_and_keeps_what_was_saved(corpus, tmp_path, monkeypatch):
+    honest = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda m, d, c, i, *r: (honest(m, d, c, i, *r)[0] * (math.nan if i == 7 else 1), False))
+    with pytest.raises(SystemExit, match="the loss is nan at step 9, learning rate .*try a lower --learning_rate"):
+        train.main([corpus, *TINY, "--max_iters=20", "--eval_interval=5", f"--out={tmp_path}/run"])
+    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == 5
+
+
+@pytest.mark.parametrize("room", [100_000, 0])
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays_whole(corpus, tmp_path, room):
+    """A limit on the size of files, in the middle of a checkpoint of 280 kB or right at its start, stands for the full disk."""
+    args = ["train.py", corpus, *TINY, "--n_embd=64", f"--out={tmp_path}/run"]
+    assert shell(*args, "--max_iters=3").wait(timeout=60) == 0
+    whole = (tmp_path / "run/ckpt.pt").read_bytes()
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (%d, %d)); sys.argv = %r; runpy.run_path('train.py', run_name='__main__')"
+    p = shell("-c", limited % (room, room, ["train.py", "--resume", "--max_iters=6", f"--out={tmp_path}/run"]))
+    out = p.communicate(timeout=60)[0]
+    assert p.returncode == 1 and "cannot write" in out.splitlines()[-1] and "Traceback" not in out, out
+    assert (tmp_path / "run/ckpt.pt").read_bytes() == whole and not list((tmp_path / "run").glob("*.part"))
+
+
+def test_training_learns_and_best_is_the_lowest(corpus, tmp_path):
+    """On squares and their roots both objectives learn; best.pt is the row with the lowest bound, and says its bound over the whole split."""
+    for objective in ("masked", "ar"):
+        out = tmp_path / objective
+        train.main([corpus, *TINY, "--n_embd=32", "--max_iters=300", "--eval_interval=100", "--dropout=0", "--learning_rate=2e-2", f"--objective={objective}", f"--out={out}"])
+        rows = log(out)
+        name, c, meta, w = train.load(out)
+        best = min(rows, key=lambda r: float(r["bound"]))
+        assert float(best["bound"]) < math.log(len(meta["alphabet"])) * .7 and str(meta["step"]) == best["step"] and name == objective
+        m = train.build(c, meta).eval()
+        m.load_state_dict(w)
+        e = train.evaluate(m, Text(c).val, m.levels)
+        assert e["bound"] == torch.load(out / "best.pt", weights_only=True)["bound"]
+
+
+def test_the_rate_rises_holds_and_falls_to_zero():
+    c = Masked(warmup_iters=9, max_iters=100, learning_rate=1.0)
+    rates = [train.learning_rate(c, i) for i in range(100)]
+    assert rates[0] == .1 and rates[9] == rates[50] == 1 and rates[99] == pytest.approx(.02)
