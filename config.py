@@ -37,7 +37,7 @@ class Config:   # shared by every script that trains
     out: str = ""                  # folder of the run; empty: out/<method>/ beside the scripts
     resume: bool = False           # go on with the run in `out`, with its own settings; what is typed here wins
     seed: int = 1337
-    max_iters: int = 20000 if GPU else 4000
+    max_iters: int = 20000 if GPU else 2800
     eval_interval: int = 1000 if GPU else 400
     compile: bool = True           # after the first sample, where it pays
     # model

@@ -31,9 +31,7 @@ def right(path, check):
     """Whether the file is what it should be: its sha256 (a str) or its size in bytes (an int)."""
     if isinstance(check, int):
         return path.stat().st_size == check
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() == check if hasattr(hashlib, "file_digest") else \
-            hashlib.sha256(f.read()).hexdigest() == check
+    return hashlib.sha256(path.read_bytes()).hexdigest() == check
 
 
 def fetch(urls, path, check, timeout=10):

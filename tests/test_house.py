@@ -1,0 +1,70 @@
+"""The house as the README promises it: who imports whom, three packages, commands and names that exist, files that stay readable."""
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import config
+
+ROOT = Path(__file__).parent.parent
+ARROWS = {"config": set(), "diffusion": set(), "model": {"config"}, "data": {"config"}, "train": {"config", "model", "diffusion", "data"},
+          "generate": {"config", "data", "train"}, "bench": {"config", "model", "diffusion", "data", "train"}}
+SETTINGS = {"train.py": config.Masked, "generate.py": config.Sample, "bench.py": config.Masked}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def imports(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {(n.module if isinstance(n, ast.ImportFrom) else a.name).split(".")[0]
+            for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+
+
+def test_arrows_and_three_packages():
+    ours = {p.stem: imports(p) for p in ROOT.glob("*.py")}
+    assert set(ours) == set(ARROWS), "a new file needs its arrows here"
+    for name, found in ours.items():
+        assert found & set(ours) <= ARROWS[name], f"{name} may not import {found & set(ours) - ARROWS[name]}"
+        assert found - set(ours) - set(sys.stdlib_module_names) <= {"torch", "numpy", "tqdm"}, name
+
+
+def test_readme_commands_name_real_files_and_settings():
+    commands = re.findall(r"(?:python|torchrun[^\n]*?) (\w+\.py)((?: +--[^\s#`]+(?:\"[^\"]*\")?)*)", README)
+    assert len(commands) > 10
+    for script, args in commands:
+        names = {f.name for f in dataclasses.fields(SETTINGS[script])}
+        for name in re.findall(r"--(\w+)", args):
+            assert name in names, f"README: {script} --{name}"
+
+
+def test_readme_names_exist():
+    """file.py: name means that file.py defines or mentions name; a path that is named is there."""
+    named = re.findall(r"`(\w+)\.py: (\w+(?:\.\w+)?)`", README)
+    assert len(named) > 8
+    for file, name in named:
+        source = (ROOT / f"{file}.py").read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"(def|class) {part}\b|^{part}\b|\"{part}\"", source, re.M), f"README: {file}.py: {name}"
+    for path in re.findall(r"[(\s`]((?:results|tests|data)/[\w./-]+\w)", README):
+        assert (ROOT / path).exists() or path.startswith("data/"), f"README: {path}"
+
+
+def test_public_functions_have_docstrings():
+    for p in ROOT.glob("*.py"):
+        tree = ast.parse(p.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), p.name
+        for n in tree.body:
+            if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name not in ("main", "Config", "Masked", "Sample"):
+                assert ast.get_docstring(n), f"{p.name}: {n.name}"
+
+
+def test_files_stay_readable():
+    for p in ROOT.glob("*.py"):
+        lines = p.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 360 and max(map(len, lines)) <= 150, p.name
+
+
+def test_every_setting_says_what_it_is():
+    for k in (config.Config, config.Masked, config.Sample):
+        assert inspect.getdoc(k) and inspect.getsource(k).count("#") > 3
