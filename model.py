@@ -1,4 +1,4 @@
-"""The transformer all four models share: RoPE, RMSNorm, QK-norm, a squared-ReLU MLP, no biases, adaLN on the noise level.
+"""The transformer all four models share: RoPE, RMSNorm, QK-norm, squared-ReLU MLP, no biases, neighbour mixing, adaLN on the noise level.
 
 It does not know what it is fed: the caller brings `inp`, which turns each position into n_embd numbers, and the width of the output."""
 import math
@@ -40,6 +40,23 @@ def attention(q, k, v, causal):
     return score.softmax(-1) @ v
 
 
+class Neighbours(nn.Module):
+    """x_i + sum_d a_d x_{i-d} + b_d x_{i+d} for d = 1..reach, with a and b per channel, from zero; causal: without b.
+
+    Attention has to learn from the rotations what "the character to the left" is; here each block is simply shown it. At 4 x 4 x 128 and
+    1,000 steps this is worth .10 nats per character of the bound (LOG.md)."""
+
+    def __init__(self, c, causal, reach=1):
+        super().__init__()
+        self.offsets = [d for d in range(-reach, 0 if causal else reach + 1) if d]
+        self.mix = nn.Parameter(torch.zeros(len(self.offsets), c.n_embd))
+
+    def forward(self, x):
+        """(B, T, C) -> (B, T, C)"""
+        near = [F.pad(x[:, :d], (0, 0, -d, 0)) if d < 0 else F.pad(x[:, d:], (0, 0, 0, d)) for d in self.offsets]
+        return x + sum(a * y for a, y in zip(self.mix, near, strict=True))
+
+
 class Block(nn.Module):
     """x + (1 + g) f((1 + s) norm(x) + b), f first attention, then the MLP; s, b, g come from the noise level."""
 
@@ -50,15 +67,16 @@ class Block(nn.Module):
         self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
         self.up = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
         self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
+        self.near1, self.near2 = Neighbours(c, causal), Neighbours(c, causal)
         self.drop = nn.Dropout(c.dropout)
 
     def attend(self, x, rope):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)   # (B, H, T, D) each
+        q, k, v = self.qkv(self.near1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)   # (B, H, T, D) each
         y = attention(rotate(norm(q), rope), rotate(norm(k), rope), v, self.causal)
         return self.drop(self.out(y.transpose(1, 2).flatten(2)))                      # (B, T, C)
 
     def mlp(self, x):
-        return self.drop(self.down(F.relu(self.up(x)).square()))
+        return self.drop(self.down(F.relu(self.up(self.near2(x))).square()))
 
     def forward(self, x, rope, mod):
         s1, b1, g1, s2, b2, g2 = mod

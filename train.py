@@ -12,7 +12,7 @@ import os
 import pickle
 import signal
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ def build(c, meta):
     return Autoregressive(net, V) if c.objective == "ar" else MaskedDiffusion(net, V, c.schedule, c.weight)
 
 
-# ---------------------------------------------------------------------------------------------------------------- evaluation
+# ---- evaluation
 
 @torch.no_grad()
 def evaluate(method, val, levels, batch_size=128, seed=0):
@@ -67,7 +67,7 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
                 masked_ce=((t * nats).sum() / t.sum()).item(), buckets=[nats[fifth == i].mean().item() for i in range(1, 6)])
 
 
-def look(val, c, method):
+def glance(val, c, method):
     """What a glance during training evaluates: (evenly spaced windows, levels), forward passes for at most a twentieth of the run's."""
     levels = min(4, method.levels)
     n = min(len(val), max(2, c.eval_interval * c.batch_size * c.grad_accum // 10 // levels))
@@ -82,7 +82,7 @@ def report(e, exact):
                                       + "  ".join(f"{s}: {b:.2f}" for s, b in zip(shares, e["buckets"], strict=True)))
 
 
-# --------------------------------------------------------------------------------------------------------------- checkpoints
+# ---- checkpoints
 
 def folder(c, name):
     """The folder of a run: out, or out/<method> beside the scripts."""
@@ -135,6 +135,18 @@ def load(path, methods=("masked", "ar")):
     return state["method"], CONFIGS[state["method"]](**state["config"]), meta, {k: v.float() for k, v in state["ema"].items()}
 
 
+def restore(out, c, meta, parts):
+    """Load ckpt.pt of the run in out into parts: method, average, scaler, optimizers. -> where the run is"""
+    state = read(out / "ckpt.pt")
+    if state["data"] != meta["data"]:
+        raise SystemExit(f"{out} was trained on {state['data']['name']}, not on this {meta['data']['name']}")
+    if state["step"] >= c.max_iters:
+        raise SystemExit(f"{out} is finished, at step {state['step']}; --max_iters={2 * state['step']} would go on")
+    for part, saved in zip(parts, [state["model"], state["ema"], state["scaler"], *state["optimizers"]], strict=True):
+        part.load_state_dict(saved)
+    return state["at"]
+
+
 def resumed(argv, c, name):
     """The settings a run goes on with: its own, but for what is typed in argv; told, and refused where the network would change."""
     state = read(folder(c, name) / "ckpt.pt")
@@ -149,7 +161,7 @@ def resumed(argv, c, name):
     return now
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+# ---- training
 
 def reseed(*key):
     """Seed torch from a tuple of integers. Every micro-batch has a stream of its own, (seed, step, i): resuming is exact with no generator
@@ -164,7 +176,7 @@ def learning_rate(c, step):
 
 def optimizers(method, c):
     """AdamW for everything; or with optimizer=muon, Muon for the matrices of the blocks at the same learning rate."""
-    muon = {n: p for n, p in method.named_parameters() if c.optimizer == "muon" and "blocks." in n}
+    muon = {n: p for n, p in method.named_parameters() if c.optimizer == "muon" and "blocks." in n and n.endswith("weight")}
     rest = [p for n, p in method.named_parameters() if n not in muon]
     opts = [torch.optim.AdamW(rest, betas=(.9, .98), weight_decay=c.weight_decay, fused=True)]
     if muon:
@@ -253,32 +265,41 @@ def fit(method, data, c, meta, show=None):
     """Train method, a module whose forward(batch) is its loss, on data.batch(n), and evaluate its moving average on data.val.
 
     Every c.eval_interval steps the run's folder gets log.csv, ckpt.pt (all that is needed to go on) and, if the bound fell, best.pt (the
-    averaged weights); then show(averaged method) is called. -> the averaged method, or None if the run was stopped. A run that ends puts the bound of its best weights over the whole split in best.pt."""
+    averaged weights); then show(averaged method) is called. A run that ends adds to best.pt its bound over the whole split.
+    -> the averaged method with its best weights, or None if the run was stopped."""
     if c.grad_accum % WORLD:
         raise SystemExit(f"grad_accum={c.grad_accum} is not a multiple of the {WORLD} processes")
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if GPU else "gloo")
-    say = tqdm.write if RANK == 0 else lambda line: None
+    out, say = folder(c, meta["method"]), tqdm.write if RANK == 0 else lambda line: None
     method.to(DEVICE).train()
     ema = copy.deepcopy(method).eval().requires_grad_(False)
     opts, scaler = optimizers(method, c), torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
-    at = dict(step=0, seconds=0.0, loss=torch.zeros((), device=DEVICE), count=0, best=math.inf, best_step=0, log=[])
-    out = folder(c, meta["method"])
+    at = dict(step=0, seconds=0.0, loss=torch.zeros((), device=DEVICE), count=0, best=math.inf, log=[])   # where the run is
     if c.resume:
-        state = read(out / "ckpt.pt")
-        at = state["at"]
-        if state["data"] != meta["data"]:
-            raise SystemExit(f"{out} was trained on {state['data']['name']}, not on this {meta['data']['name']}")
-        if at["step"] >= c.max_iters:
-            raise SystemExit(f"{out} is finished, at step {at['step']}; --max_iters={2 * at['step']} would go on")
-        for part, saved in zip([method, ema, scaler, *opts], [state["model"], state["ema"], state["scaler"], *state["optimizers"]], strict=True):
-            part.load_state_dict(saved)
+        at = restore(out, c, meta, [method, ema, scaler, *opts])
     elif RANK == 0:
         make_room(out)
-    say(first_line(method, data, c, meta, c.max_iters - at["step"]))
     keep = {**meta, "config": {k: v for k, v in asdict(c).items() if k not in ("out", "resume")}}
+    say(first_line(method, data, c, meta, c.max_iters - at["step"]))
+    begun, busy, compiled, ending, stop = time.time() - at["seconds"], [], False, False, Stop()
 
-    stop, ending, begun, compiled, busy = Stop(), False, time.time() - at["seconds"], False, []
+    def look_and_log(mean):
+        e = evaluate(ema, *glance(data.val, c, method))
+        rate = data.T * c.batch_size * c.grad_accum / sorted(busy)[len(busy) // 2]
+        say(f"step {at['step']} | loss {mean:.3f} | {report(e, method.levels == 1)} | {rate:,.0f} characters/s")
+        at["log"].append([at["step"], round(time.time() - begun, 1), mean, *(e[k] for k in LOG[3:7]), learning_rate(c, at["step"] - 1)])
+        if e["bound"] < at["best"]:
+            at["best"] = e["bound"]
+            save(out / "best.pt", {**keep, "step": at["step"], "ema": ema.state_dict()})
+
+    def checkpoint():
+        at["seconds"] = time.time() - begun
+        save(out / "ckpt.pt", {**keep, "step": at["step"], "model": method.state_dict(), "ema": ema.state_dict(), "at": at,
+                               "optimizers": [o.state_dict() for o in opts], "scaler": scaler.state_dict()})
+        with (out / "log.csv").open("w", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerows([LOG, *at["log"]])
+
     bar = tqdm(total=c.max_iters, initial=at["step"], disable=None if RANK == 0 else True, dynamic_ncols=True)
     while at["step"] < c.max_iters and not ending:
         tick, step = time.time(), at["step"]
@@ -289,43 +310,28 @@ def fit(method, data, c, meta, show=None):
         at.update(step=step + 1, loss=at["loss"] + loss, count=at["count"] + 1)
         busy.append(time.time() - tick)
         bar.update()
-
-        done = at["step"] == c.max_iters
-        due = done or at["step"] == FIRST or at["step"] % c.eval_interval == 0
+        due = at["step"] in (FIRST, c.max_iters) or at["step"] % c.eval_interval == 0
         if due or ending or step % 10 == 0:
             mean = at["loss"].item() / at["count"]
             bar.set_postfix_str(f"loss {mean:.3f}")
             if not math.isfinite(mean):
-                raise SystemExit(f"the loss is {mean} at step {step}, learning rate {learning_rate(c, step):.2g}; "
-                                 f"nothing after the last checkpoint was saved; try a lower --learning_rate")
-        if RANK == 0 and (due or ending):
-            if due:
-                e = evaluate(ema, *look(data.val, c, method))
-                at["seconds"] = time.time() - begun
-                at["log"].append([at["step"], round(at["seconds"], 1), mean, *(e[k] for k in LOG[3:7]), learning_rate(c, step)])
-                rate = data.T * c.batch_size * c.grad_accum / sorted(busy)[len(busy) // 2]
-                say(f"step {at['step']} | loss {mean:.3f} | {report(e, method.levels == 1)} | {rate:,.0f} characters/s")
-                if e["bound"] < at["best"]:
-                    at.update(best=e["bound"], best_step=at["step"])
-                    save(out / "best.pt", {**keep, "step": at["step"], "ema": ema.state_dict()})
-            at["seconds"] = time.time() - begun
-            at.update({"loss": torch.zeros_like(loss), "count": 0} if due else {})
-            save(out / "ckpt.pt", {**keep, "step": at["step"], "model": method.state_dict(), "ema": ema.state_dict(), "at": at,
-                                   "optimizers": [o.state_dict() for o in opts], "scaler": scaler.state_dict()})
-            with (out / "log.csv").open("w", newline="", encoding="utf-8") as f:
-                csv.writer(f).writerows([LOG, *at["log"]])
-            if due:
-                busy.clear()
-                show and show(ema)
-        elif due:
+                raise SystemExit(f"the loss is {mean} at step {step}, learning rate {learning_rate(c, step):.2g}; what was saved before is "
+                                 "whole; try a lower --learning_rate")
+        if due:
+            if RANK == 0:
+                look_and_log(mean)
             at.update(loss=torch.zeros_like(loss), count=0)
+            busy.clear()
+        if RANK == 0 and (due or ending):
+            checkpoint()
+        if RANK == 0 and due and show:
+            show(ema)
     bar.close()
     stop.restore()
     if WORLD > 1:
         dist.destroy_process_group()
     if at["step"] < c.max_iters:
-        say(f"stopped at step {at['step']}, saved in {out}; --resume goes on")
-        return None
+        return say(f"stopped at step {at['step']}, saved in {out}; --resume goes on")
     if RANK == 0:
         best = read(out / "best.pt")
         ema.load_state_dict(best["ema"])

@@ -8,7 +8,7 @@ from torch import nn
 import model
 from config import Masked
 from diffusion import Autoregressive, MaskedDiffusion
-from train import build, evaluate, look
+from train import build, evaluate, glance
 
 
 class Fixed(nn.Module):
@@ -86,5 +86,5 @@ def test_standard_error_covers_the_truth(kind, sticky):
 def test_a_glance_is_at_most_a_twentieth_of_training():
     c = Masked(eval_interval=100, batch_size=32)
     m = MaskedDiffusion(Fixed(torch.ones(3) / 3), 3)
-    windows, levels = look(torch.arange(5000)[:, None], c, m)
+    windows, levels = glance(torch.arange(5000)[:, None], c, m)
     assert len(windows) * levels <= .05 * 3 * 100 * 32 and windows[0] == 0 and windows[-1] == 4999   # a step is three forward passes

@@ -56,6 +56,19 @@ def test_attention_is_the_fused_kernel():
         assert torch.allclose(attention(q, k, v, causal), nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal), atol=1e-5)
 
 
+def test_neighbours_against_the_sum():
+    torch.manual_seed(0)
+    for causal, reach in ((False, 1), (True, 1), (False, 3)):
+        m, x = model.Neighbours(Masked(n_embd=16, n_head=2), causal, reach), torch.randn(2, 9, 16)
+        assert torch.equal(m(x), x)                                 # nothing is mixed in before training
+        nn.init.normal_(m.mix)
+        y = x.clone()
+        for a, d in zip(m.mix, m.offsets, strict=True):
+            for i in range(9):
+                y[:, i] += a * x[:, i + d] if 0 <= i + d < 9 else 0
+        assert torch.allclose(m(x), y, atol=1e-5) and (max(m.offsets) < 0) == causal
+
+
 def test_rotation_depends_on_the_distance_only(monkeypatch):
     m = net(nn.Embedding(6, 16))
     q, k = torch.randn(2, 8)

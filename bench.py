@@ -1,0 +1,123 @@
+"""Speed and memory of the masked model and its twin, as Markdown rows: python bench.py [--n_layer=8 ...]       settings: config.Masked
+
+Times are medians over steps taken in turn, one of each variant after the other, so that a busy machine slows all alike; the share of the
+peak is against a large matrix product in the same precision, measured in the same round."""
+import multiprocessing
+import resource
+import statistics
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+
+import model
+from config import AMP, DEVICE, GPU, Masked, Sample, autocast, parse, run
+from train import build, compile_net, optimizers, reseed, train_step
+
+VARIANTS = {   # name: (precision, what to change)
+    "as trained": (AMP, {}),
+    "not compiled": (AMP, {"compile": False}),
+    "plain: eager, fp32, AdamW": (torch.float32, {"compile": False, "optimizer": "adamw"}),
+}
+
+
+class Noise:
+    """Random tokens: a corpus that costs nothing to read."""
+
+    def __init__(self, c, V=65):
+        self.c, self.meta = c, {"alphabet": "".join(map(chr, range(32, 32 + V)))}
+
+    def batch(self, n):
+        """n windows, int64 (n, T)."""
+        return torch.randint(len(self.meta["alphabet"]), (n, self.c.block_size), device=DEVICE)
+
+
+def timed(f):
+    """Seconds that f() takes, with the device's queue empty before and after."""
+    if GPU:
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    f()
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def trainer(c, dtype):
+    """A function that takes one whole training step with the settings c in precision dtype."""
+    reseed(c.seed)
+    data = Noise(c)
+    method = build(c, data.meta).to(DEVICE).train()
+    opts, scaler = optimizers(method, c), torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
+    precise = autocast if dtype == AMP else lambda: torch.autocast(DEVICE, enabled=False)
+
+    def step():
+        model.autocast = precise
+        train_step(method, data, c, 0, opts, scaler, SimpleNamespace(asked=False))
+
+    model.autocast = precise
+    if c.compile:
+        compile_net(method, data, c)
+    return step, sum(p.numel() for n, p in method.named_parameters() if "inp" not in n)
+
+
+def memory(c, dtype):
+    """Peak memory in MB of a process that takes three such steps: of the GPU, else of the process, PyTorch itself included."""
+    step, _ = trainer(c, dtype)
+    for _ in range(3):
+        step()
+    return torch.cuda.max_memory_allocated() / 2 ** 20 if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def training(c, rounds=15):
+    """Print a row for each variant and objective."""
+    peaks, rows = {d: [] for d in {AMP, torch.float32}}, {}
+    n = 4096 if GPU else 2048
+    square = {d: torch.randn(n, n, device=DEVICE, dtype=d) for d in peaks}
+    for objective in ("masked", "ar"):
+        for name, (dtype, change) in VARIANTS.items():
+            settings = replace(c, objective=objective, **{**change, "compile": change.get("compile", c.compile)})
+            rows[objective, name] = (*trainer(settings, dtype), settings, dtype, [])
+    for i in range(rounds + 3):
+        for d, x in square.items():
+            peaks[d].append(2 * n ** 3 / timed(lambda x=x: x @ x))
+        for step, _, _, _, times in rows.values():
+            took = timed(step)
+            times += [took] if i >= 3 else []
+    print(f"\n{c.n_layer} layers x {c.n_head} heads x {c.n_embd}, block {c.block_size}, batch {c.batch_size} x {c.grad_accum}, {DEVICE}, "
+          f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}; matrix products of {n}: "
+          + ", ".join(f"{statistics.median(p) / 1e9:,.0f} GFLOP/s in {str(d)[6:]}" for d, p in peaks.items()) + "\n")
+    print("| training step | ms | characters/s | share of matmul peak | times plain | peak memory, MB |\n|---|---:|---:|---:|---:|---:|")
+    for (objective, name), (_, params, settings, dtype, times) in rows.items():
+        ms, plain = statistics.median(times), rows[objective, list(VARIANTS)[-1]][-1]
+        chars = c.batch_size * c.grad_accum * c.block_size
+        flops = (6 * params + 12 * c.n_layer * c.block_size * c.n_embd) * chars
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            mb = pool.apply(memory, (settings, dtype))
+        ratio = statistics.median(b / a for a, b in zip(times, plain, strict=True))
+        print(f"| {objective}, {name} | {1e3 * ms:.1f} | {chars / ms:,.0f} | {flops / ms / statistics.median(peaks[dtype]):.0%} | {ratio:.2f}x | {mb:,.0f} |", flush=True)
+
+
+def sampling(c, n=8):
+    """Print a row for each way to write n blocks at once."""
+    model.autocast = autocast
+    T = c.block_size
+    nothing = torch.zeros(n, T, dtype=torch.long, device=DEVICE)
+    print(f"\n| writing {n} blocks of {T} at once | network calls | ms a call | characters/s |\n|---|---:|---:|---:|")
+    for objective, steps in (("masked", T), ("masked", T // 4), ("ar", T)):
+        method = build(replace(c, objective=objective), Noise(c).meta).to(DEVICE).eval()
+        write = lambda m=method, k=steps: list(m.sample(nothing, nothing > 0, Sample(steps=k)))
+        calls = len(write())
+        took = statistics.median(timed(write) for _ in range(3))
+        print(f"| {objective}, {T / calls:.0f} characters a call | {calls} | {1e3 * took / calls:.2f} | {n * T / took:,.0f} |", flush=True)
+
+
+def main(argv):
+    c = parse(argv, Masked())
+    training(c)
+    sampling(c)
+
+
+if __name__ == "__main__":
+    run(main)
