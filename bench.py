@@ -96,7 +96,8 @@ def training(c, rounds=15):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             mb = pool.apply(memory, (settings, dtype))
         ratio = statistics.median(b / a for a, b in zip(times, plain, strict=True))
-        print(f"| {objective}, {name} | {1e3 * ms:.1f} | {chars / ms:,.0f} | {flops / ms / statistics.median(peaks[dtype]):.0%} | {ratio:.2f}x | {mb:,.0f} |", flush=True)
+        share = flops / ms / statistics.median(peaks[dtype])
+        print(f"| {objective}, {name} | {1e3 * ms:.1f} | {chars / ms:,.0f} | {share:.0%} | {ratio:.2f}x | {mb:,.0f} |", flush=True)
 
 
 def sampling(c, n=8):

@@ -43,8 +43,8 @@ class Config:   # shared by every script that trains
     # model
     block_size: int = 256 if GPU else 128   # characters seen at once
     n_layer: int = 6
-    n_head: int = 6 if GPU else 3
-    n_embd: int = 384 if GPU else 192       # a laptop trains the small one in minutes
+    n_head: int = 6 if GPU else 5
+    n_embd: int = 384 if GPU else 160       # a laptop trains the small one in minutes
     dropout: float = 0.1 if GPU else 0.0
     # optimizer
     batch_size: int = 64 if GPU else 32     # examples in a micro-batch

@@ -137,7 +137,8 @@ class Alphabet:
         if not color:
             return self.decode(ids)
         shades = (203, 209, 215, 221, 185, 149, 113)
-        return "".join(f"\x1b[38;5;{240 if i >= len(self) else shades[int(p * 6.99)]}m{self.show(i)}" for i, p in zip(ids, sure, strict=True)) + "\x1b[0m"
+        colors = [240 if i >= len(self) else shades[int(p * 6.99)] for i, p in zip(ids, sure, strict=True)]
+        return "".join(f"\x1b[38;5;{shade}m{self.show(i)}" for shade, i in zip(colors, ids, strict=True)) + "\x1b[0m"
 
     def prompt(self, text):
         """A prompt -> (ids, known), int64 and bool (L,): {12} is a blank of 12 characters, \\n a new line, {{ a brace."""

@@ -46,7 +46,7 @@ class Neighbours(nn.Module):
     Attention has to learn from the rotations what "the character to the left" is; here each block is simply shown it. At 4 x 4 x 128 and
     1,000 steps this is worth .10 nats per character of the bound (LOG.md)."""
 
-    def __init__(self, c, causal, reach=1):
+    def __init__(self, c, causal, reach=2):
         super().__init__()
         self.offsets = [d for d in range(-reach, 0 if causal else reach + 1) if d]
         self.mix = nn.Parameter(torch.zeros(len(self.offsets), c.n_embd))

@@ -86,7 +86,8 @@ def files(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "cut").mkdir()
     for name, content in {"empty.txt": b"", "short.txt": b"x" * 100, "binary.txt": b"ab\0c" * 999, "latin1.txt": b"caf\xe9 " * 999,
-                          "text.txt": b"abcd abd acd\n" * 999, "other.txt": b"abcd acb acb\n" * 999, "cut/tinyshakespeare.txt": b"First Citizen:\n"}.items():
+                          "text.txt": b"abcd abd acd\n" * 999, "other.txt": b"abcd acb acb\n" * 999,
+                          "cut/tinyshakespeare.txt": b"First Citizen:\n"}.items():
         (tmp / name).write_bytes(content)
     for objective, out in (("masked", "run"), ("ar", "twin")):
         train.main([*TINY, f"--dataset={tmp}/text.txt", f"--out={tmp}/{out}", f"--objective={objective}"])

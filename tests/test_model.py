@@ -25,14 +25,14 @@ def test_tokens_or_vectors_in_fp32_out(inp, x):
 
 
 def test_full_size_parameter_counts():
-    """The sizes in the README: 6 x 6 x 384 has 10.7M parameters, 11.8M with time; 4 x 4 x 128 .80M and .95M."""
+    """The sizes in the README: 6 x 6 x 384 has 10.7M parameters, 11.7M with time; 4 x 4 x 128 .81M and .92M."""
     def count(**k):
         c = Masked(**k)
         return sum(p.numel() for p in Transformer(c, nn.Embedding(66, c.n_embd), 65).parameters()) / 1e6
 
     big, little = dict(n_layer=6, n_head=6, n_embd=384), dict(n_layer=4, n_head=4, n_embd=128)
     assert [round(count(**big, time=t), 1) for t in (False, True)] == [10.7, 11.7]
-    assert [round(count(**little, time=t), 2) for t in (False, True)] == [.80, .92]
+    assert [round(count(**little, time=t), 2) for t in (False, True)] == [.81, .92]
 
 
 def test_untrained_blocks_are_the_identity():

@@ -163,7 +163,8 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays_whole(corpus, t
     args = ["train.py", corpus, *TINY, "--n_embd=64", f"--out={tmp_path}/run"]
     assert shell(*args, "--max_iters=3").wait(timeout=60) == 0
     whole = (tmp_path / "run/ckpt.pt").read_bytes()
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (%d, %d)); sys.argv = %r; runpy.run_path('train.py', run_name='__main__')"
+    limited = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (%d, %d)); sys.argv = %r; "
+               "runpy.run_path('train.py', run_name='__main__')")
     p = shell("-c", limited % (room, room, ["train.py", "--resume", "--max_iters=6", f"--out={tmp_path}/run"]))
     out = p.communicate(timeout=60)[0]
     assert p.returncode == 1 and "cannot write" in out.splitlines()[-1] and "Traceback" not in out, out
@@ -174,7 +175,8 @@ def test_training_learns_and_best_is_the_lowest(corpus, tmp_path):
     """On squares and their roots both objectives learn; best.pt is the row with the lowest bound, and says its bound over the whole split."""
     for objective in ("masked", "ar"):
         out = tmp_path / objective
-        train.main([corpus, *TINY, "--n_embd=32", "--max_iters=300", "--eval_interval=100", "--dropout=0", "--learning_rate=2e-2", f"--objective={objective}", f"--out={out}"])
+        train.main([corpus, *TINY, "--n_embd=32", "--max_iters=300", "--eval_interval=100", "--dropout=0", "--learning_rate=2e-2",
+                    f"--objective={objective}", f"--out={out}"])
         rows = log(out)
         name, c, meta, w = train.load(out)
         best = min(rows, key=lambda r: float(r["bound"]))
