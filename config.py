@@ -82,13 +82,13 @@ class Sample:   # generate.py: how to write, never what the network is
     prompt: str = ""               # {12} is a blank of 12 characters, \n a new line, {{ a brace
     length: int = 0                # characters in all; 0: the prompt if it has blanks, else one block
     n: int = 1                     # texts
-    steps: int = 128               # network calls per block, at most
-    order: Literal["random", "confidence", "margin", "entropy"] = "random"             # which masked character next
+    steps: int = 256               # network calls per block, at most
+    order: Literal["random", "confidence", "margin", "entropy"] = "entropy"            # which masked character next
     counts: Literal["even", "documents", "cosine", "entropy"] = "even"                 # how many in one call
     gamma: float = 0.1             # counts=entropy: reveal while sum of entropies - the largest <= gamma (nats)
-    temperature: float = 0.8       # 1 samples the model whose bound is reported, 0 takes the likeliest character
+    temperature: float = 0.9       # 0 takes the likeliest character; 1, order=random, remask=0 samples the model that has the bound
     top_k: int = 0                 # only the k likeliest characters; 0: all
-    remask: float = 0.0            # share of the revealed characters masked again after each call
+    remask: float = 0.01           # share of the revealed characters masked again after each call, at least one once all are
     remask_by: Literal["random", "confidence"] = "confidence"   # confidence: those that were unlikely when revealed
     seed: int = 1337
     watch: bool = False            # the unmasking, live in the terminal

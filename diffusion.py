@@ -118,7 +118,7 @@ class MaskedDiffusion(nn.Module):
         """Unmask every position of x (B, T) that is not known (B, T), in at most s.steps network calls; yields (x, confidence) after
         each: x has MASK where nothing is written yet, confidence is the probability of each character when it was revealed.
 
-        order=random, counts=even, temperature=1, one character a call is an exact draw from the model that `bound` bounds."""
+        order=random, counts=even, temperature=1, remask=0, one character a call is an exact draw from the model that `bound` bounds."""
         x = torch.where(known, x, self.mask)
         sure = known.float()
         k0 = (~known).sum(1)
@@ -141,11 +141,12 @@ class MaskedDiffusion(nn.Module):
                 return
 
     def again(self, x, sure, known, s):
-        """Mask a share s.remask of each row's revealed characters again (ReMDM), never a known one: at random, or those least
-        probable *when they were revealed*; what the network now says at a revealed position was never trained."""
-        free = (x != self.mask) & ~known
+        """Mask a share s.remask of each row's revealed characters again (ReMDM), at least one if none is masked, never a known one: at
+        random, or those least probable *when they were revealed*; what the network now says at a revealed position was never trained."""
+        free, full = (x != self.mask) & ~known, (x != self.mask).all(1)
+        n = torch.maximum((s.remask * free.sum(1)).long(), full.long())               # (B,)
         score = torch.rand_like(sure) if s.remask_by == "random" else sure
-        back = score.masked_fill(~free, math.inf).argsort(1).argsort(1) < (s.remask * free.sum(1)).long()[:, None]
+        back = free & (score.masked_fill(~free, math.inf).argsort(1).argsort(1) < n[:, None])
         return x.masked_fill(back, self.mask), sure.masked_fill(back, 0)
 
 

@@ -179,7 +179,7 @@ def test_oracle_sampler_reproduces_the_joint(order):
     """One character a call: every honest order samples exactly the joint."""
     torch.manual_seed(0)
     oracle, nothing = Oracle(3, 3), torch.zeros(20000, 3, dtype=torch.long)
-    *_, (x, _) = MaskedDiffusion(oracle, 3).sample(nothing, nothing > 0, Sample(order=order, steps=3, temperature=1.))
+    *_, (x, _) = MaskedDiffusion(oracle, 3).sample(nothing, nothing > 0, Sample(order=order, steps=3, temperature=1., remask=0.))
     statistic, bound = chi_square(x, oracle)
     assert statistic < bound
 
@@ -197,7 +197,7 @@ def test_scoring_by_the_drawn_token_samples_something_else(monkeypatch):
     monkeypatch.setitem(ORDERS, "confidence", score)
     monkeypatch.setattr(diffusion, "draw", lambda p: drawn["now"])
     oracle, nothing = Oracle(3, 3), torch.zeros(20000, 3, dtype=torch.long)
-    *_, (x, _) = MaskedDiffusion(oracle, 3).sample(nothing, nothing > 0, Sample(order="confidence", steps=3, temperature=1.))
+    *_, (x, _) = MaskedDiffusion(oracle, 3).sample(nothing, nothing > 0, Sample(order="confidence", steps=3, temperature=1., remask=0.))
     statistic, bound = chi_square(x, oracle)
     assert statistic > 3 * bound
 
@@ -215,7 +215,7 @@ def test_infilling_samples_the_conditional():
     torch.manual_seed(0)
     oracle = Oracle(3, 3)
     x = torch.tensor([[0, 2, 0]]).expand(20000, 3)
-    *_, (x, _) = MaskedDiffusion(oracle, 3).sample(x, torch.tensor([[False, True, False]]).expand(20000, 3), Sample(steps=2, temperature=1.))
+    *_, (x, _) = MaskedDiffusion(oracle, 3).sample(x, torch.tensor([[False, True, False]]).expand(20000, 3), Sample(steps=2, temperature=1., remask=0.))
     given = Oracle(3, 3)
     given.p = torch.where(given.states[:, 1] == 2, given.p, 0)
     given.p = (given.p / given.p.sum()).clamp(1e-12)
@@ -330,7 +330,7 @@ def test_k_over_T_is_what_the_sampler_feeds():
             return super().forward(x, t)
 
     known = torch.tensor([[True] * 3 + [False] * 5, [False] * 8])
-    list(MaskedDiffusion(Spy(3), 3).sample(torch.zeros(2, 8, dtype=torch.long), known, Sample(steps=5)))
+    list(MaskedDiffusion(Spy(3), 3).sample(torch.zeros(2, 8, dtype=torch.long), known, Sample(steps=5, remask=0.)))
     assert max(fed[:-1]) == 0 and len(fed) == 5
 
 
@@ -366,6 +366,9 @@ def test_remasking_takes_the_least_probable_when_revealed_and_never_the_prompt()
     sure, known = torch.tensor([[.9, .1, .5, .2, .01, 0.]]), torch.tensor([[False, False, False, False, True, False]])
     y, p = m.again(x, sure, known, Sample(remask=.5))
     assert y.tolist() == [[0, 5, 2, 5, 4, 5]] and p.tolist()[0][:2] == pytest.approx([.9, 0])
+    full, given = torch.tensor([[0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 0]]), known | torch.tensor([[False], [True]])
+    y, _ = m.again(full, sure.expand(2, 6), given, Sample(remask=.01))
+    assert y.tolist() == [[0, 1, 2, 3, 4, 5], full[1].tolist()]       # at least one, once nothing is masked, unless all is given
 
 
 @pytest.mark.parametrize("objective", ["masked", "ar"])

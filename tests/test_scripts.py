@@ -55,11 +55,11 @@ def test_samplers(trained, args):
     r = run("generate.py", f"--out={trained}", "--length=32", *args)
     assert len(r.stdout) >= 32 and "·" not in r.stdout
     calls = int(re.search(r"(\d+) network calls", r.stderr)[1])
-    assert calls <= int(next((a.split("=")[1] for a in args if "steps" in a), 128))
+    assert calls <= int(next((a.split("=")[1] for a in args if "steps" in a), 256))
 
 
 def test_a_long_text_is_written_window_by_window(trained):
-    r = run("generate.py", f"--out={trained}", "--length=100", "--prompt=The ")
+    r = run("generate.py", f"--out={trained}", "--length=100", "--prompt=The ", "--remask=0")
     assert r.stdout.startswith("The ") and len(r.stdout) == 101
     assert int(re.search(r"(\d+) network calls", r.stderr)[1]) == 96    # one character a call
 
