@@ -191,3 +191,27 @@ def test_the_rate_rises_holds_and_falls_to_zero():
     c = Masked(warmup_iters=9, max_iters=100, learning_rate=1.0)
     rates = [train.learning_rate(c, i) for i in range(100)]
     assert rates[0] == .1 and rates[9] == rates[50] == 1 and rates[99] == pytest.approx(.02)
+
+
+def test_compiled_the_run_is_the_same_after_a_resume_too(corpus, tmp_path):
+    """Long enough to be compiled: learns what the eager run learns, and stopped and resumed it is the straight run bit for bit."""
+    args = ["train.py", corpus, *TINY, "--max_iters=1000", "--eval_interval=250"]
+    for name, more in (("eager", ["--compile=False"]), ("straight", [])):
+        out = shell(*args, *more, f"--out={tmp_path}/{name}").communicate(timeout=300)[0]
+        assert "done" in out and "torch.compile" not in out, out
+    p = shell(*args, f"--out={tmp_path}/cut")
+    while not any(r["step"] == "250" for r in (log(tmp_path / "cut") if (tmp_path / "cut/log.csv").exists() else [])):
+        time.sleep(.05)
+    p.kill()
+    p.wait()
+    assert "done" in shell("train.py", "--resume", f"--out={tmp_path}/cut").communicate(timeout=300)[0]
+    assert same(tmp_path / "straight", tmp_path / "cut") and log(tmp_path / "straight") == log(tmp_path / "cut")
+    eager, compiled = (float(log(tmp_path / name)[-1]["bound"]) for name in ("eager", "straight"))
+    assert compiled == pytest.approx(eager, abs=.05)
+
+
+def test_without_a_compiler_one_line_and_on(corpus, tmp_path):
+    p = shell("train.py", corpus, *TINY, "--max_iters=1000", "--eval_interval=1000", f"--out={tmp_path}/run",
+              env={"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"})
+    out = p.communicate(timeout=300)[0]
+    assert p.returncode == 0 and out.count("going on without torch.compile") == 1 and "Traceback" not in out, out
