@@ -3,8 +3,8 @@
 Times are medians over steps taken in turn, one of each variant after the other, so that a busy machine slows all alike; the share of the
 peak is against a large matrix product in the same precision, measured in the same round."""
 import multiprocessing
-import resource
 import statistics
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -67,7 +67,10 @@ def memory(c, dtype):
     step, _ = trainer(c, dtype)
     for _ in range(3):
         step()
-    return torch.cuda.max_memory_allocated() / 2 ** 20 if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if GPU:
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
 
 
 def training(c, rounds=15):

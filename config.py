@@ -19,8 +19,10 @@ FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supp
 AMP = torch.float16 if GPU else torch.bfloat16 if FAST_BF16 and DEVICE == "cpu" else torch.float32
 HERE = Path(__file__).resolve().parent
 COLOR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")   # colours and moving cursors only where someone looks
-if GPU and "LOCAL_RANK" in os.environ:                            # torchrun: one process, one GPU
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+if GPU and (rank := int(os.environ.get("LOCAL_RANK", 0))):         # torchrun: one process, one GPU
+    if rank >= torch.cuda.device_count():
+        raise SystemExit(f"torchrun asks for {rank + 1} GPUs; this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(rank)
 
 
 def autocast():
@@ -99,6 +101,8 @@ class Sample:   # generate.py: how to write, never what the network is
         at_least(self, 0, "length", "gamma", "temperature", "top_k", "remask", "seed")
         if self.remask > 1:
             raise SystemExit(f"remask={self.remask} is a share, at most 1")
+        if max(self.length, self.n) > 10 ** 6:
+            raise SystemExit(f"length={self.length}, n={self.n}: a million is the most")
 
 
 def at_least(c, least, *names):
@@ -121,7 +125,7 @@ def parse(argv, cfg):
             raise SystemExit(f"no setting {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; there are: {', '.join(types)}"))
         kind = types.get(name)
         if not arg.startswith("--") or not (eq or kind is bool):
-            raise SystemExit(f"write --{name if kind else 'batch_size'}={'VALUE' if kind else '32'}, not {arg!r}")
+            raise SystemExit(f"write --{name if kind else next(iter(types))}=VALUE, not {arg!r}")
         changed[name] = convert(name, kind, text if eq else "True")
     return replace(cfg, **changed)
 
@@ -148,3 +152,7 @@ def run(main):
         raise SystemExit(130) from None
     except OSError as e:   # a folder that cannot be written, a full disk, a closed pipe
         raise SystemExit(f"{type(e).__name__}: {e}") from None
+    except RuntimeError as e:
+        if "memory" not in str(e):
+            raise
+        raise SystemExit(f"out of memory: {str(e).splitlines()[0]}") from None

@@ -6,9 +6,10 @@ import hashlib
 import os
 import re
 import shutil
-import urllib.error
 import urllib.request
 import zipfile
+import zlib
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def fetch(urls, path, check, timeout=10):
                 raise OSError(f"not the right file ({part.stat().st_size:,} bytes)")
             os.replace(part, path)
             return
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, urllib.error.URLError) as e:
+        except (OSError, EOFError, ValueError, KeyError, NotImplementedError, HTTPException, zipfile.BadZipFile, zlib.error) as e:
             told.append(f"{url}: {str(e) or type(e).__name__}")
         finally:
             part.unlink(missing_ok=True)
@@ -101,7 +102,7 @@ def read(name, folder):
     if b"\0" in raw:
         raise SystemExit(f"{path} is not text: it has zero bytes")
     try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n"), name if name in CORPORA else path.name, ""
+        return raw.decode("utf-8-sig").replace("\r\n", "\n"), name if name in CORPORA else f"file {path.name}", ""
     except UnicodeDecodeError as e:
         raise SystemExit(f"{path} is not UTF-8 text: byte {e.start} is {raw[e.start]:#04x}") from None
 
@@ -138,12 +139,13 @@ class Alphabet:
             return self.decode(ids)
         shades = (203, 209, 215, 221, 185, 149, 113)
         colors = [240 if i >= len(self) else shades[int(p * 6.99)] for i, p in zip(ids, sure, strict=True)]
-        return "".join(f"\x1b[38;5;{shade}m{self.show(i)}" for shade, i in zip(colors, ids, strict=True)) + "\x1b[0m"
+        glyphs = [g if g.isprintable() or g in "\n\t" else "\ufffd" for g in map(self.show, ids)]      # no stray control codes
+        return "".join(f"\x1b[38;5;{shade}m{g}" for shade, g in zip(colors, glyphs, strict=True)) + "\x1b[0m"
 
     def prompt(self, text):
         """A prompt -> (ids, known), int64 and bool (L,): {12} is a blank of 12 characters, \\n a new line, {{ a brace."""
         ids, known = [], []
-        for brace, blank, bad, literal in re.findall(r"(\{\{)|\{(\d+)\}|(\{.?)|((?:[^{])+)", text, re.S):
+        for brace, blank, bad, literal in re.findall(r"(\{\{)|\{(\d{1,6})\}|(\{.?)|([^{]+)", text, re.S):
             if bad or (blank and not int(blank)):
                 raise SystemExit(f"prompt {text!r}: a blank is written {{12}}, a brace {{{{")
             literal = "{" if brace else literal.replace("\\n", "\n")

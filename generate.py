@@ -77,7 +77,7 @@ def draw(frames, known, alphabet, seconds=8, columns=64):
         starts = [0, *((steps[1:, j] != steps[:-1, j]).nonzero().flatten() + 1).tolist()]
         for start, end in zip(starts, [*starts[1:], None], strict=True):
             token = int(steps[start, j])
-            if alphabet.show(token) not in " \n":
+            if alphabet.show(token).isprintable() and alphabet.show(token) != " ":
                 color = "#f0f6fc" if known[j] else "#484f58" if token == len(alphabet) else f"hsl({130 * sure[start, j]:.0f} 70% 65%)"
                 cells.append(f'<text x="{16 + 9.6 * col:.1f}" y="{32 + 22 * row}" fill="{color}">{html.escape(alphabet.show(token))}'
                              + blink(start / len(steps), end and end / len(steps), seconds) + "</text>")

@@ -36,7 +36,7 @@ def attention(q, k, v, causal):
     score = q @ k.mT * q.size(-1) ** -0.5                                             # (B, H, T, T)
     if causal:
         T = q.size(-2)
-        score = score.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -math.inf)
+        score = score.masked_fill(~torch.ones(T, T, dtype=torch.bool, device=q.device).tril(), -math.inf)
     return score.softmax(-1) @ v
 
 

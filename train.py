@@ -9,10 +9,10 @@ import copy
 import csv
 import math
 import os
-import pickle
 import signal
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
     draws = []
     for rows in torch.arange(W * levels).split(batch_size):
         nats, t = method.bound(val[rows // levels].long(), u[rows], [seeds[i] for i in rows])
-        draws.append(torch.stack([nats, t]).double().cpu())
+        draws.append(torch.stack([nats, t]).cpu().double())
     nats, t = torch.cat(draws, 1)                                                     # (W * levels,) each
     windows = nats.view(W, levels).mean(1)                                            # (W,)
     blocks = torch.stack([b.mean() for b in windows.tensor_split(min(50, W))])
@@ -70,7 +70,7 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
 def glance(val, c, method):
     """What a glance during training evaluates: (evenly spaced windows, levels), forward passes for at most a twentieth of the run's."""
     levels = min(4, method.levels)
-    n = min(len(val), max(2, c.eval_interval * c.batch_size * c.grad_accum // 10 // levels))
+    n = min(len(val), max(2, c.eval_interval * c.batch_size * c.grad_accum // WORLD // 10 // levels))
     return val[torch.linspace(0, len(val) - 1, n).long()], levels
 
 
@@ -92,6 +92,7 @@ def folder(c, name):
 def make_room(out):
     """An empty folder for a fresh run; an earlier run that is there moves to the next free number, and is named."""
     if (out / "ckpt.pt").exists():
+        out = out.resolve()
         aside = next(p for p in (out.with_name(f"{out.name}.{i}") for i in range(1, 10 ** 6)) if not p.exists())
         out.rename(aside)
         print(f"the run in {out} is now in {aside}; to go on with it: python train.py --resume --out={aside}")
@@ -109,30 +110,30 @@ def save(path, state):
         raise SystemExit(f"cannot write {path} ({str(e).splitlines()[0]}); what was saved before is whole") from None
 
 
-def read(path):
-    """The dict in a checkpoint file; one line and exit 1 if it is missing or damaged."""
+def read(path, methods=("masked", "ar")):
+    """The dict in a checkpoint file, its config as settings; a file that is missing, damaged, of another version or of a method that
+    is not one of `methods` is one line and exit 1."""
     try:
         state = torch.load(path, map_location=DEVICE, weights_only=True)
-        known = {f.name for f in fields(CONFIGS[state["method"]])} if state["method"] in CONFIGS else state["config"].keys()
-        if extra := state["config"].keys() - known:
+        name, config = state["method"], state["config"]
+        if name not in methods:
+            raise SystemExit(f"{path} is a {name} checkpoint: python {SAMPLERS.get(name, '?')} --out={path}")
+        if extra := config.keys() - {f.name for f in fields(CONFIGS[name])}:
             raise SystemExit(f"{path} was made by another version: it has the setting {min(extra)!r}")
-        return state
+        return {**{k: state[k] for k in ("alphabet", "data", "step", "ema")}, **state, "config": CONFIGS[name](**config)}
     except FileNotFoundError:
         raise SystemExit(f"no checkpoint at {path}: train first, or pass --out=FOLDER") from None
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, pickle.UnpicklingError) as e:
+    except Exception as e:   # whatever torch.load makes of a file that is cut or foreign
         raise SystemExit(f"{path} is damaged, or no checkpoint of this project ({type(e).__name__})") from None
 
 
 def load(path, methods=("masked", "ar")):
-    """A checkpoint, or the folder of a run (its best.pt) -> (method name, settings, meta, weights); anything but a checkpoint of one
-    of `methods` is one line and exit 1."""
+    """A checkpoint, or the folder of a run (its best.pt) -> (method name, settings, meta, fp32 weights); errors as in `read`."""
     path = Path(path)
     path = path / "best.pt" if path.is_dir() else path
-    state = read(path)
-    if state["method"] not in methods:
-        raise SystemExit(f"{path} is a {state['method']} checkpoint: python {SAMPLERS.get(state['method'], '?')} --out={path}")
+    state = read(path, methods)
     meta = {k: state[k] for k in ("method", "alphabet", "data", "step")}
-    return state["method"], CONFIGS[state["method"]](**state["config"]), meta, {k: v.float() for k, v in state["ema"].items()}
+    return state["method"], state["config"], meta, {k: v.float() for k, v in state["ema"].items()}
 
 
 def restore(out, c, meta, parts):
@@ -140,17 +141,17 @@ def restore(out, c, meta, parts):
     state = read(out / "ckpt.pt")
     if state["data"] != meta["data"]:
         raise SystemExit(f"{out} was trained on {state['data']['name']}, not on this {meta['data']['name']}")
-    if state["step"] >= c.max_iters:
+    if state["step"] >= c.max_iters and "bound" in read(out / "best.pt"):
         raise SystemExit(f"{out} is finished, at step {state['step']}; --max_iters={2 * state['step']} would go on")
     for part, saved in zip(parts, [state["model"], state["ema"], state["scaler"], *state["optimizers"]], strict=True):
-        part.load_state_dict(saved)
+        if saved:                                         # the scaler of a CPU has nothing to say to that of a GPU
+            part.load_state_dict(saved)
     return state["at"]
 
 
 def resumed(argv, c, name):
     """The settings a run goes on with: its own, but for what is typed in argv; told, and refused where the network would change."""
-    state = read(folder(c, name) / "ckpt.pt")
-    was = CONFIGS[state["method"]](**state["config"], out=c.out, resume=True)
+    was = replace(read(folder(c, name) / "ckpt.pt")["config"], out=c.out, resume=True)
     now = parse(argv, was)
     for k, old in asdict(was).items():
         new = getattr(now, k)
@@ -189,7 +190,7 @@ def compile_net(method, data, c):
     try:
         method.net.compile(dynamic=False)
         method(data.batch(c.batch_size)).backward()
-    except RuntimeError as e:
+    except Exception as e:   # no C++ compiler, a broken one, a network it cannot read
         method.net._compiled_call_impl = None
         tqdm.write(f"going on without torch.compile, which failed here: {type(e).__name__}")
     method.zero_grad(set_to_none=True)
@@ -203,7 +204,10 @@ def share(method, loss, stop):
         return loss, stop.asked
     grads = [p.grad for p in method.parameters()]
     flat = torch.cat([*(g.flatten() for g in grads), torch.stack([loss, torch.full_like(loss, stop.asked)])])
-    dist.all_reduce(flat)
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError:
+        raise SystemExit("another process has ended, so this one does") from None
     for g, part in zip(grads, flat[:-2].split([g.numel() for g in grads]), strict=True):
         g.copy_(part.view_as(g))
     return flat[-2], flat[-1].item() > 0
@@ -222,12 +226,19 @@ def train_step(method, data, c, step, opts, scaler, stop):
     loss, ending = share(method, loss, stop)
     for o in opts:
         scaler.unscale_(o)
-    nn.utils.clip_grad_norm_(method.parameters(), c.grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(method.parameters(), c.grad_clip or math.inf)
     for o in opts:
-        scaler.step(o)
+        if not scaler.is_enabled() or norm.isfinite():     # an overflow in fp16 skips the step of every optimizer, not only of one
+            scaler.step(o)
         o.zero_grad(set_to_none=True)
     scaler.update()
     return loss, ending
+
+
+def diverged(step, c):
+    """What a run says when its loss or its weights are no longer numbers."""
+    return (f"the loss is no longer finite at step {step}, learning rate {learning_rate(c, step):.2g}; the last checkpoint is whole; "
+            "try a lower --learning_rate")
 
 
 def first_line(method, data, c, meta, steps):
@@ -269,8 +280,12 @@ def fit(method, data, c, meta, show=None):
     -> the averaged method with its best weights, or None if the run was stopped."""
     if c.grad_accum % WORLD:
         raise SystemExit(f"grad_accum={c.grad_accum} is not a multiple of the {WORLD} processes")
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if GPU else "gloo")
+    if WORLD > 1:
+        dist.init_process_group("nccl" if GPU else "gloo", timeout=timedelta(hours=2))   # the others wait while the first evaluates
+        texts = [None] * WORLD
+        dist.all_gather_object(texts, meta["data"])
+        if texts != texts[:1] * WORLD:
+            raise SystemExit(f"the processes read different data: {', '.join(t['name'] for t in texts)}")
     out, say = folder(c, meta["method"]), tqdm.write if RANK == 0 else lambda line: None
     method.to(DEVICE).train()
     ema = copy.deepcopy(method).eval().requires_grad_(False)
@@ -282,11 +297,12 @@ def fit(method, data, c, meta, show=None):
         make_room(out)
     keep = {**meta, "config": {k: v for k, v in asdict(c).items() if k not in ("out", "resume")}}
     say(first_line(method, data, c, meta, c.max_iters - at["step"]))
-    begun, busy, compiled, ending, stop = time.time() - at["seconds"], [], False, False, Stop()
+    begun, since, compiled, ending, stop = time.time() - at["seconds"], time.time(), False, False, Stop()
+    place = out.stat().st_ino if RANK == 0 else None
 
-    def look_and_log(mean):
+    def look_and_log(mean, spent):
         e = evaluate(ema, *glance(data.val, c, method))
-        rate = data.T * c.batch_size * c.grad_accum / sorted(busy)[len(busy) // 2]
+        rate = data.T * c.batch_size * c.grad_accum * at["count"] / spent
         say(f"step {at['step']} | loss {mean:.3f} | {report(e, method.levels == 1)} | {rate:,.0f} characters/s")
         at["log"].append([at["step"], round(time.time() - begun, 1), mean, *(e[k] for k in LOG[3:7]), learning_rate(c, at["step"] - 1)])
         if e["bound"] < at["best"]:
@@ -295,37 +311,40 @@ def fit(method, data, c, meta, show=None):
 
     def checkpoint():
         at["seconds"] = time.time() - begun
-        save(out / "ckpt.pt", {**keep, "step": at["step"], "model": method.state_dict(), "ema": ema.state_dict(), "at": at,
-                               "optimizers": [o.state_dict() for o in opts], "scaler": scaler.state_dict()})
+        if not all(p.isfinite().all() for p in method.parameters()):
+            raise SystemExit(diverged(at["step"], c))
+        if out.stat().st_ino != place:
+            raise SystemExit(f"another run has taken {out}; this one stops, and what it saved is in the folder beside it")
         with (out / "log.csv").open("w", newline="", encoding="utf-8") as f:
             csv.writer(f).writerows([LOG, *at["log"]])
+        save(out / "ckpt.pt", {**keep, "step": at["step"], "model": method.state_dict(), "ema": ema.state_dict(), "at": at,
+                               "optimizers": [o.state_dict() for o in opts], "scaler": scaler.state_dict()})
 
     bar = tqdm(total=c.max_iters, initial=at["step"], disable=None if RANK == 0 else True, dynamic_ncols=True)
     while at["step"] < c.max_iters and not ending:
-        tick, step = time.time(), at["step"]
+        step = at["step"]
         if c.compile and not compiled and step >= FIRST and c.max_iters >= 10 * FIRST:
-            compiled = compile_net(method, data, c)
+            compiled, since = compile_net(method, data, c), time.time()
         loss, ending = train_step(method, data, c, step, opts, scaler, stop)
-        torch._foreach_lerp_(list(ema.parameters()), list(method.parameters()), 1 - min(c.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(method.parameters()), 1 - min(c.ema, (1 + step) / (10 + step)))
         at.update(step=step + 1, loss=at["loss"] + loss, count=at["count"] + 1)
-        busy.append(time.time() - tick)
         bar.update()
         due = at["step"] in (FIRST, c.max_iters) or at["step"] % c.eval_interval == 0
         if due or ending or step % 10 == 0:
             mean = at["loss"].item() / at["count"]
             bar.set_postfix_str(f"loss {mean:.3f}")
             if not math.isfinite(mean):
-                raise SystemExit(f"the loss is {mean} at step {step}, learning rate {learning_rate(c, step):.2g}; what was saved before is "
-                                 "whole; try a lower --learning_rate")
+                raise SystemExit(diverged(step, c))
         if due:
             if RANK == 0:
-                look_and_log(mean)
+                look_and_log(mean, time.time() - since)
             at.update(loss=torch.zeros_like(loss), count=0)
-            busy.clear()
         if RANK == 0 and (due or ending):
             checkpoint()
         if RANK == 0 and due and show:
             show(ema)
+        since = time.time() if due else since
     bar.close()
     stop.restore()
     if WORLD > 1:
@@ -336,7 +355,7 @@ def fit(method, data, c, meta, show=None):
         best = read(out / "best.pt")
         ema.load_state_dict(best["ema"])
         e = evaluate(ema, data.val, ema.levels)
-        save(out / "best.pt", {**best, "bound": e["bound"], "stderr": e["stderr"]})
+        save(out / "best.pt", {**best, "config": keep["config"], "bound": e["bound"], "stderr": e["stderr"]})
         say(f"best weights, of step {best['step']}, over the whole validation split: {report(e, ema.levels == 1)}")
     return ema
 

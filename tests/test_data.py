@@ -27,8 +27,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with zipfile.ZipFile(packed, "w") as z:
                 z.writestr("corpus.txt", BODY)
             body = packed.getvalue()
+        if self.path == "/broken.zip":
+            packed = io.BytesIO()
+            with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
+                z.writestr("corpus.txt", BODY)
+            body = packed.getvalue().replace(packed.getvalue()[45:60], b"x" * 15)
         if self.path == "/lie":
             body = b"x" * len(BODY)
+        if self.path == "/portal":
+            return self.wfile.write(b"<html>please log in</html>\r\n\r\n")
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -58,7 +65,8 @@ def test_fetch_verifies_unpacks_and_renames(server, tmp_path, path, check):
 
 
 @pytest.mark.parametrize("path, check, says", [("/cut", SHA, "cut after 100 of 4,300"), ("/lie", SHA, "not the right file"),
-                                               ("/stall", SHA, "timed out"), ("/refuse", SHA, "404"), ("/whole", 99, "not the right file")])
+                                               ("/stall", SHA, "timed out"), ("/refuse", SHA, "404"), ("/whole", 99, "not the right file"), ("/portal", SHA, "portal"),
+                                               ("/broken.zip", SHA, "broken.zip")])
 def test_a_bad_download_is_told_and_leaves_nothing(server, tmp_path, path, check, says):
     with pytest.raises(OSError, match=says):
         fetch([server + path], tmp_path / "corpus.txt", check, timeout=1)
@@ -109,6 +117,13 @@ def test_split_windows_and_batches(tmp_path):
     x = d.batch(500)
     windows = {tuple(d.train[i:i + 7].tolist()) for i in range(n - 6)}
     assert x.shape == (500, 7) and x.dtype == torch.int64 and {tuple(r) for r in x.tolist()} <= windows
+
+
+def test_a_file_that_is_called_like_a_corpus_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "enwik8").write_text("caf\u00e9 " * 100, encoding="utf-8")
+    d = Text(Masked(dataset="./enwik8", block_size=8))
+    assert d.name == "file enwik8" and "\u00e9" in d.alphabet.chars and not d.alphabet.raw
 
 
 def test_a_large_alphabet_takes_two_bytes(tmp_path):

@@ -125,6 +125,15 @@ def test_svg_of_a_known_history():
     assert 'keyTimes="0.0000;0.5000" values="0;1"' in svg and 'keyTimes="0.0000;0.2500" values="1;0"' in svg
 
 
+def test_control_characters_are_not_drawn():
+    class A:
+        show = staticmethod(lambda i: "a\x0c\x1b·"[i])
+        def __len__(self): return 3
+
+    svg = draw([(torch.tensor([[0, 1, 2]]), torch.ones(1, 3))], torch.tensor([True, False, False]), A())
+    assert ET.fromstring(svg) is not None and "\x1b" not in svg
+
+
 def test_the_twin_writes_after_a_prompt(tmp_path):
     run("train.py", *TINY, "--objective=ar", f"--out={tmp_path}/ar")
     r = run("generate.py", f"--out={tmp_path}/ar", "--prompt=The ", "--length=60")

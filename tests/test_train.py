@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,9 +153,100 @@ def test_a_finished_run_goes_on_with_more_steps(corpus, tmp_path, capsys):
 def test_a_nan_stops_with_step_and_rate_and_keeps_what_was_saved(corpus, tmp_path, monkeypatch):
     honest = train.train_step
     monkeypatch.setattr(train, "train_step", lambda m, d, c, i, *r: (honest(m, d, c, i, *r)[0] * (math.nan if i == 7 else 1), False))
-    with pytest.raises(SystemExit, match="the loss is nan at step 9, learning rate .*try a lower --learning_rate"):
+    with pytest.raises(SystemExit, match="no longer finite at step 9, learning rate .*try a lower --learning_rate"):
         train.main([corpus, *TINY, "--max_iters=20", "--eval_interval=5", f"--out={tmp_path}/run"])
     assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == 5
+
+
+def test_nan_weights_are_never_saved(corpus, tmp_path, monkeypatch):
+    honest = train.train_step
+
+    def poison(method, data, c, i, *rest):
+        result = honest(method, data, c, i, *rest)
+        if i == 9:
+            next(method.parameters()).data.fill_(math.nan)
+        return result
+
+    monkeypatch.setattr(train, "train_step", poison)
+    with pytest.raises(SystemExit, match="no longer finite at step 10"):
+        train.main([corpus, *TINY, "--max_iters=20", "--eval_interval=5", f"--out={tmp_path}/run"])
+    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    assert state["step"] == 5 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_an_overflow_in_fp16_skips_every_optimizer(corpus):
+    """One bad gradient, in a parameter of AdamW: nothing moves, Muon's matrices included, and the scale backs off."""
+    c = Masked(dataset=corpus.split("=")[1], n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=4)
+    data = Text(c)
+    method = train.build(c, data.meta)
+    opts, scaler, stop = train.optimizers(method, c), torch.amp.GradScaler("cpu", enabled=True), SimpleNamespace(asked=False)
+    for step in range(3):
+        train.train_step(method, data, c, step, opts, scaler, stop)
+    before, scale = [p.clone() for p in method.parameters()], scaler.get_scale()
+    for bad in (math.inf, math.nan):
+        hook = method.net.head.weight.register_hook(lambda g, bad=bad: g * bad)
+        train.train_step(method, data, c, 3, opts, scaler, stop)
+        hook.remove()
+        assert all(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True)) and scaler.get_scale() < scale
+    train.train_step(method, data, c, 4, opts, scaler, stop)
+    assert not any(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
+
+
+def test_the_average_is_the_average_and_no_graph(corpus, tmp_path, monkeypatch):
+    seen = []
+    honest = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda m, *r: (honest(m, *r), seen.append([p.detach().clone() for p in m.parameters()]))[0])
+    c = train.parse([corpus, *TINY, "--max_iters=4", f"--out={tmp_path}/run"], Masked())
+    data = Text(c)
+    meta = {"method": "masked", **data.meta}
+    method = train.build(c, meta)
+    average = [p.detach().clone() for p in method.parameters()]
+    ema = train.fit(method, data, c, meta)
+    assert not any(p.requires_grad or p.grad_fn for p in ema.parameters())
+    for step, now in enumerate(seen):
+        decay = min(c.ema, (1 + step) / (10 + step))
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, now, strict=True)]
+    assert all(torch.allclose(a, e, atol=1e-6) for a, e in zip(average, ema.parameters(), strict=True))
+
+
+def test_killed_in_the_last_evaluation_a_run_can_still_be_ended(corpus, tmp_path, monkeypatch, capsys):
+    honest = train.evaluate
+
+    def killed(method, val, levels, **k):
+        if levels == method.levels:
+            raise KeyboardInterrupt
+        return honest(method, val, levels, **k)
+
+    monkeypatch.setattr(train, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([corpus, *TINY, "--max_iters=4", f"--out={tmp_path}/run"])
+    monkeypatch.undo()
+    train.main(["--resume", f"--out={tmp_path}/run"])
+    assert "over the whole validation split" in capsys.readouterr().out and "bound" in torch.load(tmp_path / "run/best.pt", weights_only=True)
+
+
+def test_a_second_run_in_the_same_folder_stops_the_first(corpus, tmp_path):
+    """Each keeps what is its own: the first run's checkpoints move aside whole, and it stops at its next save."""
+    args = ["train.py", corpus, *TINY, "--max_iters=100000", "--eval_interval=100", f"--out={tmp_path}/run"]
+    first = shell(*args)
+    while not (tmp_path / "run/ckpt.pt").exists():
+        time.sleep(.05)
+    second = shell(*args)
+    out = first.communicate(timeout=60)[0]
+    assert first.returncode == 1 and "another run has taken" in out.splitlines()[-1]
+    second.send_signal(signal.SIGINT)
+    second.communicate(timeout=60)
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["step"] for name in ("run.1", "run"))
+    assert a % 100 == 0 and b > 0
+
+
+def test_processes_that_read_different_texts_stop(corpus, tmp_path):
+    other = tmp_path / "0.txt"
+    other.write_text("another text entirely, of the same length or not.\n" * 300)
+    (tmp_path / "1.txt").write_text(Path(corpus.split("=")[1]).read_text())
+    command = f"{sys.executable} train.py --dataset={tmp_path}/$RANK.txt {' '.join(TINY)} --grad_accum=2 --out={tmp_path}/run"
+    p = shell("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29619", "--no-python", "bash", "-c", command)
+    assert "the processes read different data: file 0.txt, file 1.txt" in p.communicate(timeout=120)[0] and p.returncode
 
 
 @pytest.mark.parametrize("room", [100_000, 0])
