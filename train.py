@@ -198,8 +198,7 @@ def compile_net(method, data, c):
 
 
 def share(method, loss, stop):
-    """Add up the gradients, the loss and the wish to stop of all processes of torchrun, in one message. -> (loss, whether to stop: one
-    answer for all)"""
+    """Add up gradients, loss and the wish to stop over the processes of torchrun, in one message. -> (loss, whether to stop)"""
     if WORLD == 1:
         return loss, stop.asked
     grads = [p.grad for p in method.parameters()]
@@ -233,12 +232,6 @@ def train_step(method, data, c, step, opts, scaler, stop):
         o.zero_grad(set_to_none=True)
     scaler.update()
     return loss, ending
-
-
-def diverged(step, c):
-    """What a run says when its loss or its weights are no longer numbers."""
-    return (f"the loss is no longer finite at step {step}, learning rate {learning_rate(c, step):.2g}; the last checkpoint is whole; "
-            "try a lower --learning_rate")
 
 
 def first_line(method, data, c, meta, steps):
@@ -311,8 +304,6 @@ def fit(method, data, c, meta, show=None):
 
     def checkpoint():
         at["seconds"] = time.time() - begun
-        if not all(p.isfinite().all() for p in method.parameters()):
-            raise SystemExit(diverged(at["step"], c))
         if out.stat().st_ino != place:
             raise SystemExit(f"another run has taken {out}; this one stops, and what it saved is in the folder beside it")
         with (out / "log.csv").open("w", newline="", encoding="utf-8") as f:
@@ -334,8 +325,9 @@ def fit(method, data, c, meta, show=None):
         if due or ending or step % 10 == 0:
             mean = at["loss"].item() / at["count"]
             bar.set_postfix_str(f"loss {mean:.3f}")
-            if not math.isfinite(mean):
-                raise SystemExit(diverged(step, c))
+            if not math.isfinite(mean) or (due or ending) and not all(p.isfinite().all() for p in method.parameters()):
+                raise SystemExit(f"the loss is {mean}, or a weight is no number, at step {at['step']}, learning rate "
+                                 f"{learning_rate(c, step):.2g}; the last checkpoint is whole; try a lower --learning_rate")
         if due:
             if RANK == 0:
                 look_and_log(mean, time.time() - since)

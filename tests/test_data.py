@@ -64,9 +64,9 @@ def test_fetch_verifies_unpacks_and_renames(server, tmp_path, path, check):
     assert (tmp_path / "data/corpus.txt").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("path, check, says", [("/cut", SHA, "cut after 100 of 4,300"), ("/lie", SHA, "not the right file"),
-                                               ("/stall", SHA, "timed out"), ("/refuse", SHA, "404"), ("/whole", 99, "not the right file"), ("/portal", SHA, "portal"),
-                                               ("/broken.zip", SHA, "broken.zip")])
+@pytest.mark.parametrize("path, check, says", [
+    ("/cut", SHA, "cut after 100 of 4,300"), ("/lie", SHA, "not the right file"), ("/stall", SHA, "timed out"), ("/refuse", SHA, "404"),
+    ("/whole", 99, "not the right file"), ("/portal", SHA, "portal"), ("/broken.zip", SHA, "broken.zip")])
 def test_a_bad_download_is_told_and_leaves_nothing(server, tmp_path, path, check, says):
     with pytest.raises(OSError, match=says):
         fetch([server + path], tmp_path / "corpus.txt", check, timeout=1)
