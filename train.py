@@ -187,6 +187,8 @@ def optimizers(method, c):
 
 def compile_net(method, data, c):
     """Compile the network in place and warm it up; where that fails (no C++ compiler), one line and on without."""
+    torch.use_deterministic_algorithms(DEVICE == "cpu")    # else the compiled gradient of an embedding is summed in any order
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         method.net.compile(dynamic=False)
         method(data.batch(c.batch_size)).backward()
@@ -244,8 +246,8 @@ def first_line(method, data, c, meta, steps):
             torch.cuda.synchronize()
     minutes = (time.time() - begun) * steps * c.grad_accum / WORLD / 60
     return (f"{meta['method']}, {sum(p.numel() for p in method.parameters()):,} parameters, {DEVICE} {str(AMP)[6:]}"
-            f"{f' x {WORLD}' if WORLD > 1 else ''} | {data} | {steps:,} steps, about {minutes:.0f} min or less"
-            f" | Ctrl-C saves, --resume goes on")
+            f"{f' x {WORLD}' if WORLD > 1 else ''} | {data} | {steps:,} steps, about {minutes:.0f} min{', less once compiled' if c.compile else ''}"
+            " | Ctrl-C saves, --resume goes on")
 
 
 class Stop:

@@ -302,6 +302,25 @@ def test_compiled_the_run_is_the_same_after_a_resume_too(corpus, tmp_path):
     assert compiled == pytest.approx(eager, abs=.05)
 
 
+def test_compiled_gradients_are_the_same_every_time(corpus):
+    """On two threads, with enough work for both."""
+    c = Masked(dataset=corpus.split("=")[1], n_layer=1, n_head=1, n_embd=32, block_size=128, batch_size=64)
+    data, threads = Text(c), torch.get_num_threads()
+    method = train.build(c, data.meta)
+    for p in method.parameters():
+        torch.nn.init.normal_(p, std=.1)
+    torch.set_num_threads(2)
+    train.compile_net(method, data, c)
+    gradients = []
+    for _ in range(6):
+        method.zero_grad()
+        train.reseed(1)
+        method(data.batch(c.batch_size)).backward()
+        gradients.append([p.grad.clone() for p in method.parameters()])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for g in gradients for a, b in zip(g, gradients[0], strict=True))
+
+
 def test_without_a_compiler_one_line_and_on(corpus, tmp_path):
     p = shell("train.py", corpus, *TINY, "--max_iters=1000", "--eval_interval=1000", f"--out={tmp_path}/run",
               env={"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"})
