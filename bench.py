@@ -3,10 +3,12 @@
 Times are medians over steps taken in turn, one of each variant after the other, so that a busy machine slows all alike; the share of the
 peak is against a large matrix product in the same precision, measured in the same round."""
 import multiprocessing
+import re
 import statistics
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -69,8 +71,10 @@ def memory(c, dtype):
         step()
     if GPU:
         return torch.cuda.max_memory_allocated() / 2 ** 20
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
+    if sys.platform == "linux":   # not ru_maxrss, which starts from the parent's
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    import resource               # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
 def training(c, rounds=15):
@@ -96,8 +100,10 @@ def training(c, rounds=15):
         ms, plain = statistics.median(times), rows[objective, list(VARIANTS)[-1]][-1]
         chars = c.batch_size * c.grad_accum * c.block_size
         flops = (6 * params + 12 * c.n_layer * c.block_size * c.n_embd) * chars
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            mb = pool.apply(memory, (settings, dtype))
+        pool = multiprocessing.get_context("spawn").Pool(1)
+        mb = pool.apply(memory, (settings, dtype))
+        pool.close()
+        pool.join()
         ratio = statistics.median(b / a for a, b in zip(times, plain, strict=True))
         share = flops / ms / statistics.median(peaks[dtype])
         print(f"| {objective}, {name} | {1e3 * ms:.1f} | {chars / ms:,.0f} | {share:.0%} | {ratio:.2f}x | {mb:,.0f} |", flush=True)
@@ -114,7 +120,7 @@ def sampling(c, n=8):
         write = lambda m=method, k=steps: list(m.sample(nothing, nothing > 0, Sample(steps=k, remask=0)))
         calls = len(write())
         took = statistics.median(timed(write) for _ in range(3))
-        print(f"| {objective}, {T / calls:.0f} characters a call | {calls} | {1e3 * took / calls:.2f} | {n * T / took:,.0f} |", flush=True)
+        print(f"| {objective}, {T // calls} a call | {calls} | {1e3 * took / calls:.2f} | {n * T / took:,.0f} |", flush=True)
 
 
 def main(argv):
