@@ -73,7 +73,7 @@ def memory(c, dtype):
         return torch.cuda.max_memory_allocated() / 2 ** 20
     if sys.platform == "linux":   # not ru_maxrss, which starts from the parent's
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    import resource               # not on Windows
+    import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
