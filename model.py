@@ -44,7 +44,7 @@ class Neighbours(nn.Module):
     """x_i + sum_d a_d x_{i-d} + b_d x_{i+d} for d = 1..reach, with a and b per channel, from zero; causal: without b.
 
     Attention has to learn from the rotations what "the character to the left" is; here each block is simply shown it. At 4 x 4 x 128 and
-    1,000 steps this is worth .10 nats per character of the bound (LOG.md)."""
+    1,000 steps this is worth .125 nats per character of the bound (LOG.md)."""
 
     def __init__(self, c, causal, reach=2):
         super().__init__()
