@@ -73,11 +73,9 @@ class Config:   # shared by every script that trains
 @dataclass(frozen=True)
 class Masked(Config):   # train.py: masked diffusion and its autoregressive twin
     objective: Literal["masked", "ar"] = "masked"          # ar: the same network, causal
-    schedule: Literal["linear", "cosine", "loss", "genmd4", "tilted"] = "linear"       # where training looks; the bound does not depend on it
+    schedule: Literal["linear", "cosine"] = "linear"       # where training looks; the bound does not depend on it
     weight: Literal["elbo", "flat", "pooled"] = "elbo"     # of the training loss; the evaluation is always the bound
     time: bool = False             # feed the network the fraction masked (it can count the MASKs itself)
-    positions: Literal["rope", "learned"] = "rope"
-    reach: int = 2                 # neighbours each block is shown, on either side; 0: none
 
 
 @dataclass(frozen=True)

@@ -150,67 +150,6 @@ class MaskedDiffusion(nn.Module):
         return x.masked_fill(back, self.mask), sure.masked_fill(back, 0)
 
 
-class LossAware(MaskedDiffusion):
-    """Training looks at each of 20 buckets of mask rates in proportion to a running root-mean-square of the loss there."""
-
-    def __init__(self, net, vocab, weight):
-        super().__init__(net, vocab, weight=weight)
-        self.register_buffer("square", torch.ones(20))
-
-    def levels_of(self, B, device):
-        mass = self.square.sqrt()
-        cdf = torch.cat([mass.new_zeros(1), (mass / mass.sum()).cumsum(0)])            # (21,)
-        at = torch.linspace(0, 1, B + 1, device=device)
-        i = torch.searchsorted(cdf, at, right=True).clamp(1, 20)
-        edges = (i - 1 + (at - cdf[i - 1]) / (cdf[i] - cdf[i - 1])) / 20              # the inverse of the cdf
-        edges[-1] = 1
-        mass = edges.diff()
-        return edges[:-1] + torch.rand(B, device=device) * mass, B * mass
-
-    def masked_ce(self, x0, k, rand):
-        ce = super().masked_ce(x0, k, rand)
-        if self.training and torch.is_grad_enabled():
-            mean, bucket = (ce.detach().sum(1) / k).square(), ((k / x0.size(1) * 20).ceil() - 1).clamp(0, 19).long()
-            new = torch.zeros_like(self.square).index_reduce_(0, bucket, mean, "mean", include_self=False)
-            self.square.lerp_(torch.where(new > 0, new, self.square), .02)
-        return ce
-
-
-class GenMD4(MaskedDiffusion):
-    """alpha_v(t) = 1 - t^w_v with w_v learned for each token v (Shi et al. 2024, GenMD4); the network is fed t. With mu its prediction,
-
-        -log p(x0) <= int_0^1 E sum over masked n of [-w_x0 log mu_x0 - w_x0 + sum_v w_v mu_v] / t dt
-
-    tilt: the network predicts p(v | context), and mu_v is in proportion to t^w_v times that."""
-
-    def __init__(self, net, vocab, tilt):
-        super().__init__(net, vocab)
-        self.log_w, self.tilt = nn.Parameter(torch.zeros(vocab)), tilt
-
-    def terms(self, x0, t, rand):
-        """-> integrand (B,) in nats per token, log probability (B,) of the mask drawn"""
-        w = self.log_w.exp()
-        m = t[:, None] ** w[x0]                                                       # (B, T)
-        masked = rand < m
-        logp = torch.where(masked, m.log(), torch.log1p(-m.clamp(max=1 - 1e-6))).sum(1)
-        logits = self.net(x0.masked_fill(masked, self.mask), t)
-        mu = (logits + self.tilt * w * t.log()[:, None, None]).log_softmax(-1)        # (B, T, V)
-        each = -w[x0] * mu.gather(-1, x0[..., None])[..., 0] - w[x0] + mu.exp() @ w
-        return (each * masked).sum(1) / t / x0.size(1), logp
-
-    def forward(self, x0):
-        B = len(x0) // 2                                                              # two masks of each text: equal cost
-        x0 = x0[:B].repeat(2, 1)
-        t = ((torch.arange(B, device=x0.device) + torch.rand(B, device=x0.device)) / B).clamp(min=1e-4).repeat(2)
-        f, logp = self.terms(x0, t, torch.rand(x0.shape, device=x0.device))
-        other = f.detach().roll(B)                                                    # leave one out: REINFORCE for w
-        return (f + (f.detach() - other) * logp).mean()
-
-    def bound(self, x0, u, seeds):
-        rand = stream(seeds, lambda g: torch.rand(x0.size(1), generator=g)).to(x0.device)
-        return self.terms(x0, u, rand)[0], u
-
-
 class Autoregressive(nn.Module):
     """The twin: the same network, causal, with MASK as its start symbol and a constant t. It scores all T characters exactly."""
 

@@ -46,9 +46,8 @@ class Neighbours(nn.Module):
     Attention has to learn from the rotations what "the character to the left" is; here each block is simply shown it. At 4 x 4 x 128 and
     1,000 steps this is worth .125 nats per character of the bound (LOG.md)."""
 
-    def __init__(self, c, causal):
+    def __init__(self, c, causal, reach=2):
         super().__init__()
-        reach = c.reach
         self.offsets = [d for d in range(-reach, 0 if causal else reach + 1) if d]
         self.mix = nn.Parameter(torch.zeros(len(self.offsets), c.n_embd))
 
@@ -105,15 +104,12 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.weight)
         half = c.n_embd // c.n_head // 2
         angle = torch.arange(c.block_size)[:, None] * 10000 ** -(torch.arange(half) / half)   # (block_size, D / 2)
-        if c.positions == "learned":
-            self.place, angle = nn.Parameter(torch.zeros(c.block_size, c.n_embd)), angle * 0
         self.register_buffer("rope", torch.stack([angle.cos(), angle.sin()]).to(AMP), persistent=False)
 
     def forward(self, x, t):
         """x (B, T) or (B, T, K); t (B,) or (B, T), the noise level, 0 clean to 1 noise -> fp32 (B, T, n_out)."""
         with autocast():
-            x = self.inp(x)
-            x = norm(x + self.place[:x.size(1)] if hasattr(self, "place") else x)     # (B, T, C)
+            x = norm(self.inp(x))                                                     # (B, T, C)
             mod = [0.0] * 6
             if hasattr(self, "time"):
                 t = t if t.dim() == 2 else t[:, None]                                 # (B, T) or (B, 1)

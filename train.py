@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from config import AMP, COLOR, DEVICE, GPU, HERE, Masked, Sample, parse, run
 from data import Text
-from diffusion import Autoregressive, GenMD4, LossAware, MaskedDiffusion
+from diffusion import Autoregressive, MaskedDiffusion
 from model import Transformer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
@@ -38,10 +38,6 @@ def build(c, meta):
     """The method of a run: c its Masked settings, meta its alphabet -> MaskedDiffusion or Autoregressive."""
     V = len(meta["alphabet"])
     net = Transformer(c, nn.Embedding(V + 1, c.n_embd), V, causal=c.objective == "ar")
-    if c.schedule in ("genmd4", "tilted"):
-        return GenMD4(net, V, c.schedule == "tilted")
-    if c.schedule == "loss":
-        return LossAware(net, V, c.weight)
     return Autoregressive(net, V) if c.objective == "ar" else MaskedDiffusion(net, V, c.schedule, c.weight)
 
 
