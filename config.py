@@ -35,6 +35,7 @@ class Config:   # shared by every script that trains
     # data
     dataset: str = "auto"          # shakespeare, warpeace, text8, enwik8, pydoc, or the path of a text file
     data_dir: str = ""             # where corpora are kept; empty: data/ beside the scripts
+    train_size: int = 0            # train on only the first so many characters; 0: all
     # run
     out: str = ""                  # folder of the run; empty: out/<method>/ beside the scripts
     resume: bool = False           # go on with the run in `out`, with its own settings; what is typed here wins
@@ -61,7 +62,7 @@ class Config:   # shared by every script that trains
     def __post_init__(self):
         at_least(self, 1, "max_iters", "eval_interval", "n_layer", "n_head", "n_embd", "batch_size", "grad_accum")
         at_least(self, 2, "block_size")
-        at_least(self, 0, "seed", "warmup_iters", "dropout", "weight_decay", "grad_clip", "learning_rate", "ema")
+        at_least(self, 0, "train_size", "seed", "warmup_iters", "dropout", "weight_decay", "grad_clip", "learning_rate", "ema")
         if self.n_embd % self.n_head:
             raise SystemExit(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.n_embd // self.n_head % 2:
@@ -79,11 +80,7 @@ class Masked(Config):   # train.py: masked diffusion and its autoregressive twin
 
 
 @dataclass(frozen=True)
-class Sample:   # generate.py: how to write, never what the network is
-    out: str = ""                  # folder of a run or a checkpoint; empty: out/masked if trained, else the one in results/
-    prompt: str = ""               # {12} is a blank of 12 characters, \n a new line, {{ a brace
-    length: int = 0                # characters in all; 0: the prompt if it has blanks, else one block
-    n: int = 1                     # texts
+class Sampler:   # how a trained model writes; shared by generate.py and evaluate.py
     steps: int = 256               # network calls per block, at most
     order: Literal["random", "confidence", "margin", "entropy"] = "entropy"            # which masked character next
     counts: Literal["even", "documents", "cosine", "entropy"] = "even"                 # how many in one call
@@ -93,16 +90,46 @@ class Sample:   # generate.py: how to write, never what the network is
     remask: float = 0.01           # share of the revealed characters masked again after each call, at least one once all are
     remask_by: Literal["random", "confidence"] = "confidence"   # confidence: those that were unlikely when revealed
     seed: int = 1337
+
+    def __post_init__(self):
+        at_least(self, 1, "steps")
+        at_least(self, 0, "gamma", "temperature", "top_k", "remask", "seed")
+        if self.remask > 1:
+            raise SystemExit(f"remask={self.remask} is a share, at most 1")
+
+
+@dataclass(frozen=True)
+class Sample(Sampler):   # generate.py: what to write; never what the network is
+    out: str = ""                  # folder of a run or a checkpoint; empty: out/masked if trained, else the one in results/
+    prompt: str = ""               # {12} is a blank of 12 characters, \n a new line, {{ a brace
+    length: int = 0                # characters in all; 0: the prompt if it has blanks, else one block
+    n: int = 1                     # texts
     watch: bool = False            # the unmasking, live in the terminal
     svg: str = ""                  # write the unmasking as an animated picture
 
     def __post_init__(self):
-        at_least(self, 1, "n", "steps")
-        at_least(self, 0, "length", "gamma", "temperature", "top_k", "remask", "seed")
-        if self.remask > 1:
-            raise SystemExit(f"remask={self.remask} is a share, at most 1")
+        super().__post_init__()
+        at_least(self, 1, "n")
+        at_least(self, 0, "length")
         if max(self.length, self.n) > 10 ** 6:
             raise SystemExit(f"length={self.length}, n={self.n}: a million is the most")
+
+
+@dataclass(frozen=True)
+class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of each measurement
+    out: str = ""                  # checkpoints or folders of runs, separated by commas; empty: out/masked if trained, else results/
+    dataset: str = ""              # the text they were trained on, where its name does not find it: the path of a file
+    data_dir: str = ""             # where corpora are kept; empty: data/ beside the scripts
+    judge: str = ""                # an autoregressive checkpoint that scores samples; empty: results/judge.pt
+    bound: bool = True             # the bound over the whole validation split, twice, with different masks
+    exact: int = 200               # windows for the exact left-to-right likelihood of a masked model; 0: none
+    n: int = 200                   # blocks to sample, and held-out blocks to infill; 0: none
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 0, "exact", "n")
+        if self.n == 1 or self.exact == 1:
+            raise SystemExit("n and exact must be 0, or 2 and more: one has no error")
 
 
 def at_least(c, least, *names):

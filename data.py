@@ -164,6 +164,8 @@ class Text:
         need = 20 * c.block_size
         if len(text) < need:
             raise SystemExit(f"{self.name} has {len(text):,} characters; training with block_size={c.block_size} needs {need:,}")
+        if 0 < c.train_size < c.block_size:
+            raise SystemExit(f"train_size={c.train_size} is less than one block_size={c.block_size}")
         self.alphabet = Alphabet("".join(sorted(set(text))), raw=self.name == "enwik8")
         if len(self.alphabet) > 30_000:
             raise SystemExit(f"{self.name} has {len(self.alphabet):,} different characters; 30,000 is the most")
@@ -171,7 +173,7 @@ class Text:
         ids = torch.from_numpy(self.alphabet.encode(text).astype(np.uint8 if len(self.alphabet) < 256 else np.int16))
         end = int(.9 * len(ids))                                   # the last tenth is held out; of text8 and enwik8 the tenth before the last
         val = ids[end:-5_000_000] if self.name in ("text8", "enwik8") else ids[end:]
-        self.train = ids[:end].to(DEVICE)
+        self.train = ids[:end][:c.train_size or end].to(DEVICE)
         self.val = val[:len(val) // self.T * self.T].view(-1, self.T).to(DEVICE)   # (W, T); less than one window is left over
         self.meta = {"alphabet": self.alphabet.chars, "data": {"name": self.name, "sha256": hashlib.sha256(text.encode()).hexdigest()}}
 

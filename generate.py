@@ -17,6 +17,12 @@ from data import Alphabet
 from train import build, load, reseed
 
 
+def newest():
+    """The checkpoint that is meant when none is named: the masked model trained here, else the one in the repository."""
+    trained = HERE / "out/masked/best.pt"
+    return trained if trained.exists() else HERE / "results/masked.pt"
+
+
 def plan(alphabet, s, T):
     """The prompt and length of s as (ids, known), int64 and bool (L,); T characters if neither says how many."""
     ids, known = alphabet.prompt(s.prompt)
@@ -101,8 +107,7 @@ def blink(start, end, seconds, writing=.75):
 
 def main(argv):
     s = parse(argv, Sample())
-    trained = HERE / "out/masked/best.pt"
-    path = s.out or (trained if trained.exists() else HERE / "results/masked.pt")
+    path = s.out or newest()
     name, c, meta, weights = load(path)
     alphabet = Alphabet(meta["alphabet"], raw=meta["data"]["name"] == "enwik8")
     method = build(c, meta).to(DEVICE).eval()

@@ -31,7 +31,7 @@ FIRST = 100   # the first report comes at this step, before anything is compiled
 LOG = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]   # log.csv: losses in nats, bits per character
 CONFIGS = {"masked": Masked, "ar": Masked}
 SAMPLERS = {"masked": "generate.py", "ar": "generate.py"}
-BAKED = ("objective", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer")   # what a run cannot change on the way
+BAKED = ("objective", "train_size", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer")   # what a run cannot change on the way
 
 
 def build(c, meta):
@@ -43,13 +43,18 @@ def build(c, meta):
 
 # ---- evaluation
 
+def text_error(windows):
+    """Standard error of the mean of a text's windows (W,), where neighbours are alike: deviation of 50 contiguous blocks / sqrt 50."""
+    blocks = torch.stack([b.mean() for b in windows.tensor_split(min(50, len(windows)))])
+    return (blocks.std() / len(blocks) ** .5).item()
+
+
 @torch.no_grad()
 def evaluate(method, val, levels, batch_size=128, seed=0):
     """The bound of method on the windows val (W, ...), each at `levels` stratified noise levels, with the same noise every time.
 
-    -> dict: bound and stderr in nats per character (stderr is that of the text: the deviation of about 50 contiguous blocks / sqrt 50,
-    since neighbours are alike), bits per character, masked_ce = total CE / number masked (not a bound), buckets = mean nats in fifths
-    of t, windows = the bound of each window (W,) in float64."""
+    -> dict: bound and stderr (`text_error`) in nats per character, bits per character, masked_ce = total CE / number masked (not a
+    bound), buckets = mean nats in fifths of t, windows = the bound of each window (W,) in float64."""
     W, g = len(val), torch.Generator().manual_seed(seed)
     place = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W         # window w, level j: u = (j + place_w) / levels
     u = ((torch.arange(levels) + place[:, None]) / levels).flatten().to(val.device)   # (W * levels,)
@@ -60,10 +65,9 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
         draws.append(torch.stack([nats, t]).cpu().double())
     nats, t = torch.cat(draws, 1)                                                     # (W * levels,) each
     windows = nats.view(W, levels).mean(1)                                            # (W,)
-    blocks = torch.stack([b.mean() for b in windows.tensor_split(min(50, W))])
     fifth = (5 * t - 1e-6).ceil().clamp(1, 5)
     bound = windows.mean().item()
-    return dict(bound=bound, stderr=(blocks.std() / len(blocks) ** .5).item(), bits=bound / math.log(2), windows=windows,
+    return dict(bound=bound, stderr=text_error(windows), bits=bound / math.log(2), windows=windows,
                 masked_ce=((t * nats).sum() / t.sum()).item(), buckets=[nats[fifth == i].mean().item() for i in range(1, 6)])
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import generate
 import train
-from config import Masked, Sample, parse
+from config import Evaluate, Masked, Sample, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,6 +82,13 @@ BAD = [   # script, arguments, what the one line says
     ("generate", ["--out={tmp}/run", "--prompt=abcd", "--length=3"], "length=3 is shorter than the prompt, which has 4"),
     ("generate", ["--out={tmp}/twin", "--prompt=a{3}b"], "cannot use the text after a blank"),
     ("generate", ["--out={tmp}/run", "--svg={tmp}/none/x.svg"], "FileNotFoundError"),
+    ("train", ["--dataset={tmp}/text.txt", "--block_size=16", "--train_size=15"], "train_size=15 is less than one block_size=16"),
+    ("evaluate", ["--out={tmp}/run,{tmp}/none"], "no checkpoint at"),
+    ("evaluate", ["--out={tmp}/run"], "run was trained on the file text.txt: pass its path, --dataset=PATH"),
+    ("evaluate", ["--out={tmp}/run", "--dataset={tmp}/other.txt"], "was trained on another file text.txt than this"),
+    ("evaluate", ["--out={tmp}/run", "--dataset={tmp}/text.txt", "--bound=False", "--judge={tmp}/run"], "run is a masked checkpoint, whose"),
+    ("evaluate", ["--n=1"], "n and exact must be 0, or 2 and more: one has no error"),
+    ("evaluate", ["--batch_size=3"], "no setting 'batch_size'"),
 ]
 TINY = ["--max_iters=2", "--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--batch_size=2"]
 
@@ -109,7 +117,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("script, args, says", BAD)
 def test_bad_input_is_one_line_and_exit_1(script, args, says, files, capsys):
-    main = {"train": train.main, "generate": generate.main}[script]
+    main = {"train": train.main, "generate": generate.main, "evaluate": evaluate.main}[script]
     with pytest.raises((SystemExit, OSError)) as e:      # run() turns an OSError into the same one line
         main([a.replace("{tmp}", str(files)) for a in args])
     line = str(e.value) if e.type is SystemExit else f"{e.type.__name__}: {e.value}"
@@ -125,5 +133,5 @@ def test_and_so_it_is_from_the_shell(script, args, says, files):
 
 def test_every_setting_is_read_somewhere():
     source = "".join(p.read_text(encoding="utf-8") for p in ROOT.glob("*.py") if p.name != "config.py")
-    for f in {f.name for k in (Masked, Sample) for f in dataclasses.fields(k)}:
+    for f in {f.name for k in (Masked, Sample, Evaluate) for f in dataclasses.fields(k)}:
         assert re.search(rf"\b(c|s|m|self\.c)\.{f}\b", source), f"nothing reads the setting {f}"

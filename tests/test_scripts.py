@@ -140,6 +140,21 @@ def test_the_twin_writes_after_a_prompt(tmp_path):
     assert r.stdout.startswith("The ") and len(r.stdout) == 61
 
 
+def test_evaluate_prints_every_table(trained, tmp_path):
+    """Two checkpoints that are the same differ by exactly nothing; the twin, trained on less, has no masks and so no error from them."""
+    run("train.py", *TINY, "--objective=ar", "--train_size=2000", f"--out={tmp_path}/ar")
+    out = run("evaluate.py", f"--out={trained},{trained / 'best.pt'},{tmp_path}/ar", "--n=3", "--exact=2", "--steps=8",
+              f"--judge={tmp_path}/ar").stdout
+    assert out.startswith("`python evaluate.py --out=") and " at commit " in out and "PyTorch" in out
+    bounds, buckets, samples = ([line.split(" | ") for line in table.splitlines()[2:] if line.startswith("| ")]
+                                for table in re.split(r"\n\n(?=\| )|\n\nsampler.*\n\n", out)[1:])
+    assert [r[1] for r in bounds] == ["masked", "masked", "ar"] and bounds[0][5:8] == bounds[1][5:8]
+    assert bounds[1][9] == "+0.0000 ± 0.0000" and bounds[2][7] == "exact" and "±" in bounds[2][9] and "±" in bounds[0][11]
+    assert len(buckets) == 2 and all(float(b) > 0 for b in re.findall(r"[\d.]+", buckets[0][-1]))
+    assert [r[1] for r in samples] == ["3"] * 4 and "pydoc, held out" in samples[0][0] and {len(r) for r in samples} == {11}
+    assert samples[1][9] == "8.0" and samples[3][9] == "32.0"
+
+
 def test_generate_writes_at_once_from_the_checkpoint_in_the_repository(tmp_path):
     """As after cloning: a copy of the repository's files without out/."""
     for f in [*ROOT.glob("*.py"), ROOT / "results/masked.pt"]:
