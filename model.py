@@ -53,8 +53,11 @@ class Neighbours(nn.Module):
 
     def forward(self, x):
         """(B, T, C) -> (B, T, C)"""
-        near = [F.pad(x[:, :d], (0, 0, -d, 0)) if d < 0 else F.pad(x[:, d:], (0, 0, 0, d)) for d in self.offsets]
-        return x + sum(a * y for a, y in zip(self.mix, near, strict=True))
+        T, reach = x.size(1), -self.offsets[0]
+        wide = F.pad(x, (0, 0, reach, reach))                                         # (B, T + 2 reach, C)
+        for a, d in zip(self.mix, self.offsets, strict=True):
+            x = torch.addcmul(x, a, wide[:, reach + d:reach + d + T])
+        return x
 
 
 class Block(nn.Module):
