@@ -73,6 +73,14 @@ def bounded(p, score, gamma):
     return (H.cumsum(1) - H.cummax(1).values <= gamma).sum(1)
 
 
+def spread(score, apart):
+    """Scores (B, T) in which whoever has a better one within `apart` places comes after all who have none: characters revealed in one
+    call are drawn without seeing each other, which costs most between neighbours. Ties, as on an empty page, are broken at random."""
+    score = score + 1e-6 * torch.rand_like(score)
+    best = F.max_pool1d(score, 2 * apart + 1, 1, apart)
+    return torch.where(score < best, score - 100, score)
+
+
 class MaskedDiffusion(nn.Module):
     """Tokens 0..V-1 and MASK = V: the network reads V + 1 tokens and predicts V, so MASK cannot be predicted."""
 
@@ -129,6 +137,8 @@ class MaskedDiffusion(nn.Module):
             p = predicted(logits, s)
             score = (ORDERS["entropy"](p) if s.counts == "entropy" else ORDERS[s.order](logits.softmax(-1)))
             score = score.masked_fill(~masked, -math.inf)
+            if s.apart:
+                score = spread(score, s.apart)
             n = bounded(p, score, s.gamma) if s.counts == "entropy" else COUNTS[s.counts](k, k0, left, s.steps)
             n = k if left == 1 else torch.minimum(n.clamp(min=1), k)
             now = score.argsort(1, descending=True).argsort(1) < n[:, None]           # (B, T)

@@ -174,14 +174,37 @@ def test_oracle_bound_is_the_exact_likelihood():
         assert exact_bound(m, oracle.states[i]) == pytest.approx(exact[i].item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("apart", [0, 1])
 @pytest.mark.parametrize("order", ORDERS)
-def test_oracle_sampler_reproduces_the_joint(order):
+def test_oracle_sampler_reproduces_the_joint(order, apart):
     """One character a call: every honest order samples exactly the joint."""
     torch.manual_seed(0)
     oracle, nothing = Oracle(3, 3), torch.zeros(20000, 3, dtype=torch.long)
-    *_, (x, _) = MaskedDiffusion(oracle, 3).sample(nothing, nothing > 0, Sample(order=order, steps=3, temperature=1., remask=0.))
+    *_, (x, _) = MaskedDiffusion(oracle, 3).sample(nothing, nothing > 0, Sample(order=order, apart=apart, steps=3, temperature=1., remask=0.))
     statistic, bound = chi_square(x, oracle)
     assert statistic < bound
+
+
+def test_characters_of_one_call_stay_apart():
+    """From an empty page, where all positions tie, and with scores of their own: no two of a call within `apart`, while there is room."""
+    class Rough(Uniform):
+        def forward(self, x, t):
+            return torch.randn(*x.shape, 3, generator=torch.Generator().manual_seed(0))
+
+    nothing, s = torch.zeros(20, 40, dtype=torch.long), Sample(order="margin", apart=4, steps=13, remask=0.)
+    for net in (Uniform(3), Rough(3)):
+        before = torch.full_like(nothing, 3)
+        for i, (x, _) in enumerate(MaskedDiffusion(net, 3).sample(nothing, nothing > 0, s)):
+            at = (x != before).nonzero().tolist()
+            gaps = [b - a for (r, a), (q, b) in itertools.pairwise(at) if r == q]
+            assert len(at) >= 60 and (i > 2 or min(gaps) > 4), (i, min(gaps))
+            before = x
+
+
+def test_spread_keeps_the_order_of_those_who_are_best_around():
+    score = torch.tensor([[.9, .8, .1, .2, .7, -math.inf]])
+    order = diffusion.spread(score, 1).argsort(1, descending=True)
+    assert order[0, :2].tolist() == [0, 4] and order[0, -1] == 5
 
 
 def test_scoring_by_the_drawn_token_samples_something_else(monkeypatch):

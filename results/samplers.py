@@ -1,0 +1,45 @@
+"""Quality against network calls: every way to sample one masked checkpoint, a row each: python results/samplers.py [evaluate.py's settings]
+
+A row is what `python evaluate.py --bound=False` prints with the row's settings; only infilling, which no sampler setting touches, is left out."""
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from config import Evaluate, parse, run  # noqa: E402
+from evaluate import HEAD, open_checkpoint, sample, sample_row, sample_setup, stamp  # noqa: E402
+from generate import newest  # noqa: E402
+
+ORDERS = ("random", "confidence", "margin", "entropy")
+PLAIN = dict(order="random", temperature=1.0, remask=0.0)
+TABLES = {
+    "one network call": [PLAIN | dict(steps=1)],
+    "even counts": [PLAIN | dict(order=o, steps=k) for k in (8, 16, 32, 64, 128) for o in ORDERS],
+    "even counts, apart": [PLAIN | dict(order=o, steps=k, apart=4) for k in (16, 32, 43, 64) for o in ORDERS]
+    + [PLAIN | dict(order="margin", steps=43, apart=a) for a in (0, 2, 8, 16)],
+    "cosine counts": [PLAIN | dict(order="margin", counts="cosine", steps=k, apart=4) for k in (32, 64)],
+    "entropy-bounded": [PLAIN | dict(counts="entropy", gamma=g) for g in (.01, .1, 1., 3., 6.)],
+    "entropy-bounded, apart": [PLAIN | dict(counts="entropy", gamma=g, apart=4) for g in (3., 6.)],
+    "the documents' counts": [PLAIN | dict(order="confidence", counts="documents", steps=k) for k in (32, 64, 100)],
+    "temperature": [PLAIN | dict(order=o, steps=128, temperature=t) for o in ("random", "margin") for t in (.7, .8, .9)],
+    "temperature, apart": [PLAIN | dict(order="margin", steps=43, apart=4, temperature=t) for t in (.7, .8, .9, 1.1)],
+    "remasking": [dict(), dict(temperature=1.0), PLAIN | dict(remask=.01), PLAIN | dict(remask=.01, remask_by="random")],
+}
+
+
+def main(argv):
+    s = parse(argv, Evaluate())
+    k = open_checkpoint(s.out or newest())
+    data, judge = sample_setup(k, s)
+    k.method.net.compile(dynamic=False)                                               # one shape of batch: twice as fast on a CPU
+    print(stamp() + "\n\n" + HEAD)
+    print(sample_row(f"{data.name}, held out", data.blocks.long(), data, judge), flush=True)
+    for title, rows in TABLES.items():
+        for row in rows:
+            x, calls, speed = sample(k, replace(s, **row))
+            shown = [f"{name}={value}" for name, value in row.items() if value != 0] or ["the default"]
+            print(sample_row(f"{title}: {', '.join(shown)}", x, data, judge, ("", f"{calls:.1f}", f"{speed:,.0f}")), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
