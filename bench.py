@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import torch
 
 import model
 from config import AMP, DEVICE, GPU, Masked, Sample, autocast, parse, run
+from diffusion import draw, predicted
 from train import build, compile_net, optimizers, reseed, train_step
 
 VARIANTS = {   # name: (precision, what to change)
@@ -109,18 +111,28 @@ def training(c, rounds=15):
         print(f"| {objective}, {name} | {1e3 * ms:.1f} | {chars / ms:,.0f} | {share:.0%} | {ratio:.2f}x | {mb:,.0f} |", flush=True)
 
 
+def forgetful(method, x, known, s):
+    """The twin's sampler with nothing remembered: a whole pass for each character."""
+    with torch.no_grad():
+        for i in range(x.size(1)):
+            x = x.clone()
+            x[:, i:i + 1], sure = draw(predicted(method.logits(x)[:, i:i + 1], s))
+            yield x, sure
+
+
 def sampling(c, n=8):
     """Print a row for each way to write n blocks at once."""
     model.autocast = autocast
     T = c.block_size
     nothing = torch.zeros(n, T, dtype=torch.long, device=DEVICE)
     print(f"\n| writing {n} blocks of {T} at once | network calls | ms a call | characters/s |\n|---|---:|---:|---:|")
-    for objective, steps in (("masked", T), ("masked", T // 4), ("ar", T)):
-        method = build(replace(c, objective=objective), Noise(c).meta).to(DEVICE).eval()
-        write = lambda m=method, k=steps: list(m.sample(nothing, nothing > 0, Sample(steps=k, remask=0)))
+    masked, twin = (build(replace(c, objective=o), Noise(c).meta).to(DEVICE).eval() for o in ("masked", "ar"))
+    for title, sample, steps in (("masked", masked.sample, T), ("masked", masked.sample, -(-T // 3)), ("twin", twin.sample, T),
+                                 ("twin, nothing remembered", partial(forgetful, twin), T)):
+        write = lambda f=sample, k=steps: list(f(nothing, nothing > 0, Sample(steps=k, remask=0)))
         calls = len(write())
         took = statistics.median(timed(write) for _ in range(3))
-        print(f"| {objective}, {T // calls} a call | {calls} | {1e3 * took / calls:.2f} | {n * T / took:,.0f} |", flush=True)
+        print(f"| {title}, {T / calls:.0f} a call | {calls} | {1e3 * took / calls:.2f} | {n * T / took:,.0f} |", flush=True)
 
 
 def main(argv):

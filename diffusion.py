@@ -185,10 +185,15 @@ class Autoregressive(nn.Module):
     @torch.no_grad()
     def sample(self, x, known, s):
         """Write x (B, T) from left to right around what is known (B, T); yields (x, confidence) after each network call."""
-        x, sure = torch.where(known, x, self.mask), known.float()
-        for i in (~known).any(0).nonzero().flatten().tolist():
-            token, prob = draw(predicted(self.logits(x)[:, i:i + 1], s))              # (B, 1)
+        B, T = x.shape
+        x, sure, past = torch.where(known, x, self.mask), known.float(), {}
+        shown, start = torch.ones(B, device=x.device), int((~known).any(0).int().argmax())   # one call reads all that is known at first
+        for i in range(start, T):
+            before = F.pad(x[:, :i], (1, 0), value=self.mask)[:, 0 if i == start else i:]
+            token, prob = draw(predicted(self.net(before, shown, past)[:, -1:], s))   # (B, 1)
             free = ~known[:, i]
             x, sure = x.clone(), sure.clone()
             x[free, i], sure[free, i] = token[free, 0], prob[free, 0]
             yield x, sure
+            if known[:, i + 1:].all():
+                return

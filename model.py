@@ -35,9 +35,15 @@ def attention(q, k, v, causal):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     score = q @ k.mT * q.size(-1) ** -0.5                                             # (B, H, T, T)
     if causal:
-        T = q.size(-2)
-        score = score.masked_fill(~torch.ones(T, T, dtype=torch.bool, device=q.device).tril(), -math.inf)
+        score = score.masked_fill(~torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).tril(), -math.inf)
     return score.softmax(-1) @ v
+
+
+def remember(past, key, x, dim):
+    """x behind what past, a dict, holds under key, along dim; past then holds both. Where nothing is to be remembered (None), x."""
+    if past is not None:
+        x = past[key] = torch.cat([past[key], x], dim) if key in past else x
+    return x
 
 
 class Neighbours(nn.Module):
@@ -51,10 +57,10 @@ class Neighbours(nn.Module):
         self.offsets = [d for d in range(-reach, 0 if causal else reach + 1) if d]
         self.mix = nn.Parameter(torch.zeros(len(self.offsets), c.n_embd))
 
-    def forward(self, x):
+    def forward(self, x, past=None):
         """(B, T, C) -> (B, T, C)"""
         T, reach = x.size(1), -self.offsets[0]
-        wide = F.pad(x, (0, 0, reach, reach))                                         # (B, T + 2 reach, C)
+        wide = F.pad(remember(past, self, x, 1), (0, 0, reach, reach))[:, -T - 2 * reach:]   # (B, T + 2 reach, C)
         for a, d in zip(self.mix, self.offsets, strict=True):
             x = torch.addcmul(x, a, wide[:, reach + d:reach + d + T])
         return x
@@ -73,18 +79,19 @@ class Block(nn.Module):
         self.near1, self.near2 = Neighbours(c, causal), Neighbours(c, causal)
         self.drop = nn.Dropout(c.dropout)
 
-    def attend(self, x, rope):
-        q, k, v = self.qkv(self.near1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)   # (B, H, T, D) each
-        y = attention(rotate(norm(q), rope), rotate(norm(k), rope), v, self.causal)
+    def attend(self, x, rope, past):
+        q, k, v = self.qkv(self.near1(x, past)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)   # (B, H, T, D) each
+        k, v = remember(past, (self, "k"), rotate(norm(k), rope), 2), remember(past, (self, "v"), v, 2)
+        y = attention(rotate(norm(q), rope), k, v, self.causal and q.size(2) == k.size(2))
         return self.drop(self.out(y.transpose(1, 2).flatten(2)))                      # (B, T, C)
 
-    def mlp(self, x):
-        return self.drop(self.down(F.relu(self.up(self.near2(x))).square()))
+    def mlp(self, x, past):
+        return self.drop(self.down(F.relu(self.up(self.near2(x, past))).square()))
 
-    def forward(self, x, rope, mod):
+    def forward(self, x, rope, mod, past=None):
         s1, b1, g1, s2, b2, g2 = mod
-        x = x + (1 + g1) * self.attend((1 + s1) * norm(x) + b1, rope)
-        return x + (1 + g2) * self.mlp((1 + s2) * norm(x) + b2)
+        x = x + (1 + g1) * self.attend((1 + s1) * norm(x) + b1, rope, past)
+        return x + (1 + g2) * self.mlp((1 + s2) * norm(x) + b2, past)
 
 
 class Transformer(nn.Module):
@@ -109,14 +116,18 @@ class Transformer(nn.Module):
         angle = torch.arange(c.block_size)[:, None] * 10000 ** -(torch.arange(half) / half)   # (block_size, D / 2)
         self.register_buffer("rope", torch.stack([angle.cos(), angle.sin()]).to(AMP), persistent=False)
 
-    def forward(self, x, t):
-        """x (B, T) or (B, T, K); t (B,) or (B, T), the noise level, 0 clean to 1 noise -> fp32 (B, T, n_out)."""
+    def forward(self, x, t, past=None):
+        """x (B, T) or (B, T, K); t (B,) or (B, T), the noise level, 0 clean to 1 noise -> fp32 (B, T, n_out).
+
+        past, for a causal network: a dict, empty at first, in which it remembers the positions it has seen; x then goes on after them,
+        one position at a time (but for the first x)."""
         with autocast():
             x = norm(self.inp(x))                                                     # (B, T, C)
+            seen = remember(past, self, x[0, :, 0], 0).size(0)                        # positions, those of x included
             mod = [0.0] * 6
             if hasattr(self, "time"):
                 t = t if t.dim() == 2 else t[:, None]                                 # (B, T) or (B, 1)
                 mod = self.time(time_features(t, x.size(-1))).chunk(6, -1)
             for block in self.blocks:
-                x = block(x, self.rope[:, :x.size(1)], mod)
+                x = block(x, self.rope[:, seen - x.size(1):seen], mod, past)
             return self.head(norm(x)).float()

@@ -54,12 +54,13 @@ class Oracle(nn.Module):
         one_hot = torch.nn.functional.one_hot(self.states, self.V).float()            # (S, T, V)
         return torch.einsum("bs,stv->btv", fits / fits.sum(1, keepdim=True), one_hot)
 
-    def forward(self, x, t):
+    def forward(self, x, t, past=None):
         if not self.causal:
             return self.marginals(x, x < self.V).clamp(1e-30).log()
-        T = x.size(1)                                                                 # x is shifted: position i shows x_<i as x[1..i]
-        x = torch.cat([x[:, 1:], x[:, :1]], 1)
-        return torch.stack([self.marginals(x, (torch.arange(T) < i).expand_as(x))[:, i] for i in range(T)], 1).clamp(1e-30).log()
+        x = model.remember(past, self, x, 1)                                          # x is shifted: position i shows x_<i as x[1..i]
+        seen, T = x.size(1), self.states.size(1)
+        x = torch.nn.functional.pad(x[:, 1:], (0, T + 1 - seen))
+        return torch.stack([self.marginals(x, (torch.arange(T) < i).expand_as(x))[:, i] for i in range(seen)], 1).clamp(1e-30).log()
 
 
 def chi_square(x, oracle):
@@ -231,6 +232,22 @@ def test_oracle_twin_reproduces_the_joint():
     *_, (x, _) = Autoregressive(oracle, 3).sample(nothing, nothing > 0, Sample(temperature=1.))
     statistic, bound = chi_square(x, oracle)
     assert statistic < bound
+
+
+@pytest.mark.parametrize("prompt", [0, 3])
+def test_the_twin_remembers_what_it_would_compute_again(monkeypatch, prompt):
+    """Writing with remembered keys, values and neighbours: greedily, the same text as from whole passes, whatever is known at the start."""
+    monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", enabled=False))
+    torch.manual_seed(0)
+    m = randomised(build(Masked(objective="ar", block_size=12, n_layer=2, n_head=2, n_embd=16, time=True), {"alphabet": "abcde"})).eval()
+    x, known = torch.randint(5, (4, 12)), (torch.arange(12) < prompt).expand(4, 12)
+    frames = list(m.sample(x, known, Sample(temperature=0.)))
+    y, _ = frames[-1]
+    assert len(frames) == 12 - prompt and torch.equal(y[:, :prompt], x[:, :prompt])
+    assert torch.equal(y[:, prompt:], m.logits(y).argmax(-1)[:, prompt:])
+    past, shifted = {}, torch.nn.functional.pad(y[:, :-1], (1, 0), value=m.mask)
+    parts = [m.net(shifted[:, :5], torch.ones(4), past), *(m.net(shifted[:, i:i + 1], torch.ones(4), past) for i in range(5, 12))]
+    assert torch.allclose(torch.cat(parts, 1), m.logits(y), atol=1e-5)
 
 
 def test_infilling_samples_the_conditional():
