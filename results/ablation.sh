@@ -1,0 +1,26 @@
+#!/bin/bash
+# The ablation table of LOG.md: one change at a time, 1,400 steps each (three quiet minutes of the default model on two cores).
+# bash results/ablation.sh [data_dir]; every line is a run in out/ablation/, its bound over the whole split the last line it prints.
+set -eu
+data=${1:-data}
+arm() {   # name, what is changed
+    name=$1; shift
+    python train.py --dataset=shakespeare --data_dir="$data" --max_iters=1400 --eval_interval=700 --out="out/ablation/$name" "$@"
+}
+for seed in 1337 1 2; do
+    arm baseline.$seed --seed=$seed
+    arm cosine.$seed --schedule=cosine --seed=$seed
+    arm pooled.$seed --schedule=cosine --weight=pooled --seed=$seed
+done
+arm flat --schedule=cosine --weight=flat
+arm linear-pooled --weight=pooled
+arm time --time=True
+arm adamw-1e-3 --optimizer=adamw --learning_rate=1e-3
+arm adamw-3e-3 --optimizer=adamw --learning_rate=3e-3
+arm batch-64 --batch_size=64 --max_iters=700 --eval_interval=350 --warmup_iters=50
+arm batch-128 --batch_size=128 --max_iters=350 --eval_interval=175 --warmup_iters=25
+arm dropout --dropout=0.1
+arm ema-off --ema=0
+arm ema-.99 --ema=0.99
+arm documents --schedule=cosine --weight=pooled --optimizer=adamw --learning_rate=3e-4 --time=True
+# commit aa28468 has the arms that lost: --positions=learned --reach=0 --schedule=loss --schedule=genmd4 --schedule=tilted
