@@ -1,8 +1,10 @@
-"""Corpora: find, fetch, verify, encode, batch; and prompts with blanks.
+"""Corpora and images of digits: find, fetch, verify, encode, batch; and prompts with blanks.
 
 A corpus is downloaded once to data_dir, checked against its sha256 (or its published size) and renamed into place: a file that was
 cut, or is something else, is told and never used."""
+import gzip
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -14,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from config import DEVICE, HERE
 
-CORPORA = {   # name: (file, addresses, sha256 or size in bytes of the file)
+CORPORA = {   # name: (file, addresses, sha256 of the unpacked file or its size in bytes)
     "shakespeare": ("tinyshakespeare.txt", ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "warpeace": ("warpeace.txt", ["https://cs.stanford.edu/people/karpathy/char-rnn/warpeace_input.txt"],
@@ -26,13 +29,32 @@ CORPORA = {   # name: (file, addresses, sha256 or size in bytes of the file)
     "text8": ("text8", ["https://mattmahoney.net/dc/text8.zip", "http://mattmahoney.net/dc/text8.zip"], 100_000_000),
     "enwik8": ("enwik8", ["https://mattmahoney.net/dc/enwik8.zip", "http://mattmahoney.net/dc/enwik8.zip"], 100_000_000),
 }
+MNIST = {   # the same for the four files of MNIST
+    name: (f"mnist/{file}.gz", [f"{host}/{file}.gz" for host in ("https://ossci-datasets.s3.amazonaws.com/mnist",
+                                                                 "https://storage.googleapis.com/cvdf-datasets/mnist")], check)
+    for name, file, check in (
+        ("train images", "train-images-idx3-ubyte", "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+        ("train labels", "train-labels-idx1-ubyte", "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
+        ("test images", "t10k-images-idx3-ubyte", "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+        ("test labels", "t10k-labels-idx1-ubyte", "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"))}
+FONT = (" ### |  #  | ### | ### |   # |#####| ### |#####| ### | ### ",   # 5 x 7 a digit, 0 to 9
+        "#   #| ##  |#   #|#   #|  ## |#    |#   #|    #|#   #|#   #",
+        "#   #|  #  |    #|    #| # # |#### |#    |   # |#   #|#   #",
+        "#   #|  #  |   # |  ## |#  # |    #|#### |   # | ### | ####",
+        "#   #|  #  |  #  |    #|#####|    #|#   #|  #  |#   #|    #",
+        "#   #|  #  | #   |#   #|   # |#   #|#   #|  #  |#   #|#   #",
+        " ### | ### |#####| ### |   # | ### | ### |  #  | ### | ### ")
 
 
 def right(path, check):
-    """Whether the file is what it should be: its sha256 (a str) or its size in bytes (an int)."""
+    """Whether the file is what it should be: its sha256, unpacked if it is gzip (a str), or its size in bytes (an int)."""
     if isinstance(check, int):
         return path.stat().st_size == check
-    return hashlib.sha256(path.read_bytes()).hexdigest() == check
+    raw = path.read_bytes()
+    try:
+        return hashlib.sha256(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).hexdigest() == check
+    except (OSError, EOFError, zlib.error):   # gzip that is cut or damaged
+        return False
 
 
 def fetch(urls, path, check, timeout=10):
@@ -66,8 +88,8 @@ def fetch(urls, path, check, timeout=10):
 
 
 def find(name, folder, timeout=10):
-    """The path of a known corpus in folder, downloaded if it is not there. Raises OSError with one line."""
-    file, urls, check = CORPORA[name]
+    """The path of a known corpus or MNIST file in folder, downloaded if it is not there. Raises OSError with one line."""
+    file, urls, check = (CORPORA | MNIST)[name]
     path = folder / file
     if not path.exists():
         try:
@@ -184,3 +206,70 @@ class Text:
         """n random windows of the training text, int64 (n, T)."""
         start = torch.randint(len(self.train) - self.T + 1, (n, 1)).to(DEVICE)
         return self.train[start + torch.arange(self.T, device=DEVICE)].long()
+
+
+def mnist(folder):
+    """MNIST as published: {part: uint8 array} for train and test images (N, 28, 28) and labels (N,). Raises OSError with one line."""
+    parts = {}
+    for name in MNIST:
+        raw = gzip.decompress(find(name, folder, timeout=5).read_bytes())
+        parts[name] = np.frombuffer(raw, np.uint8, offset=16 if "images" in name else 8)
+    return {k: v.reshape(-1, 28, 28) if "images" in k else v for k, v in parts.items()}
+
+
+def digits(n_train=20_000, n_test=2_000, seed=0):
+    """MNIST's stand-in, made here: a 5 x 7 font under random rotation, shear, scale, shift, thickness and blur. The same dict, always
+    the same digits for the same seed."""
+    g, n = torch.Generator().manual_seed(seed), n_train + n_test
+    between = lambda low, high: low + (high - low) * torch.rand(n, generator=g)
+    glyphs = F.pad(torch.tensor([[[ch == "#" for ch in row.split("|")[d]] for row in FONT] for d in range(10)]).float(), (1, 1, 1, 1))
+    label = torch.randint(10, (n,), generator=g)
+    angle, shear, wide, high = between(-.25, .25), between(-.3, .3), between(1.15, 1.7), between(.95, 1.25)   # of 28 / 20
+    threshold, sharp = between(.25, .55)[:, None, None, None], between(4, 12)[:, None, None, None]
+    to_glyph = torch.stack([torch.stack([wide * angle.cos(), wide * (shear - angle.sin()), between(-.3, .3)], 1),
+                            torch.stack([high * angle.sin(), high * angle.cos(), between(-.2, .2)], 1)], 1)     # (n, 2, 3)
+    ink = torch.cat([F.grid_sample(glyphs[y][:, None], F.affine_grid(m, (len(y), 1, 28, 28), align_corners=False), align_corners=False)
+                     for y, m in zip(label.split(2000), to_glyph.split(2000), strict=True)])                    # (n, 1, 28, 28)
+    ink = torch.sigmoid((ink - threshold) * sharp) * (ink > .02)
+    ink, label = (255 * ink[:, 0]).byte().numpy(), label.byte().numpy()
+    return {"train images": ink[:n_train], "train labels": label[:n_train], "test images": ink[n_train:], "test labels": label[n_train:]}
+
+
+def patches(images, p):
+    """Images (N, 28, 28) as (N, (28 / p)^2, p^2): squares of p x p, row by row; and `whole` puts them together again."""
+    return images.unflatten(1, (-1, p)).unflatten(3, (-1, p)).transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def whole(x, p):
+    """The images (N, 28, 28) of patches x (N, (28 / p)^2, p^2)."""
+    side = math.isqrt(x.size(1))
+    return x.unflatten(2, (p, p)).unflatten(1, (side, side)).transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+class Images:
+    """MNIST or its stand-in on the device, a byte a pixel, in patches: .batch(n) for training, .val (W, T, p^2) for the bound."""
+
+    def __init__(self, c):
+        folder, self.warning = Path(c.data_dir or HERE / "data"), ""
+        if c.dataset not in ("auto", "mnist", "digits"):
+            raise SystemExit(f"no images {c.dataset!r}: one of auto, mnist, digits")
+        try:
+            self.name, parts = ("digits", digits()) if c.dataset == "digits" else ("mnist", mnist(folder))
+        except OSError as e:
+            if c.dataset == "mnist":
+                raise SystemExit(f"dataset mnist: {e}") from None
+            self.name, parts = "digits", digits()
+            self.warning = f"NO MNIST, TRAINING ON DIGITS DRAWN BY THIS PROGRAM INSTEAD: {e}"
+        self.train, self.labels, self.val, self.val_labels = (torch.from_numpy(v.copy()).to(DEVICE) for v in parts.values())
+        self.train, self.labels = self.train[:c.train_size or None], self.labels[:c.train_size or None]
+        self.train, self.val = patches(self.train, c.patch), patches(self.val, c.patch)
+        self.T = 28 * 28                                               # numbers in an example, all of which the bound counts
+        self.meta = {"alphabet": "", "data": {"name": self.name, "sha256": hashlib.sha256(parts["train images"].tobytes()).hexdigest()}}
+
+    def __str__(self):
+        return f"{self.name}: {len(self.train):,} images to train, {len(self.val):,} to validate"
+
+    def batch(self, n):
+        """n random training images in patches and their labels: int64 (n, T, p^2) and (n,)."""
+        i = torch.randint(len(self.train), (n,)).to(DEVICE)
+        return self.train[i].long(), self.labels[i].long()

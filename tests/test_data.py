@@ -1,17 +1,20 @@
 """Corpora against a server that cuts, stalls, lies and refuses; alphabets, windows and prompts."""
+import gzip
 import hashlib
 import http.server
 import io
 import threading
 import time
 import zipfile
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import data
 from config import Masked
-from data import Alphabet, Text, fetch
+from data import Alphabet, Images, Text, digits, fetch, patches, whole
 
 BODY = b"To be, or not to be, that is the question.\n" * 100
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -156,3 +159,79 @@ def test_prompts():
             a.prompt(bad)
     with pytest.raises(SystemExit, match="never seen 'Q'"):
         a.prompt("aQ")
+
+
+# ---- images
+
+@pytest.fixture
+def idx(tmp_path, monkeypatch):
+    """Four small idx files in tmp_path/mnist, and their sums in data.MNIST; no network."""
+    rng, parts = np.random.default_rng(0), {}
+    monkeypatch.setattr(data, "fetch", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    (tmp_path / "mnist").mkdir()
+    for name, (file, urls, _) in list(data.MNIST.items()):
+        n = 30 if "train" in name else 10
+        x = rng.integers(0, 256, (n, 28, 28), np.uint8) if "images" in name else rng.integers(0, 10, n, np.uint8)
+        raw = b"\0" * (16 if "images" in name else 8) + x.tobytes()
+        (tmp_path / file).write_bytes(gzip.compress(raw))
+        monkeypatch.setitem(data.MNIST, name, (file, urls, hashlib.sha256(raw).hexdigest()))
+        parts[name] = x
+    return tmp_path, parts
+
+
+def settings(**k):
+    return SimpleNamespace(**{"dataset": "mnist", "data_dir": "", "train_size": 0, "patch": 4, **k})
+
+
+def test_mnist_is_read_as_published(idx):
+    folder, parts = idx
+    d = Images(settings(data_dir=folder))
+    assert d.name == "mnist" and not d.warning and d.val.shape == (10, 49, 16) and d.T == 784
+    assert torch.equal(whole(d.val, 4), torch.from_numpy(parts["test images"])) and d.val_labels.tolist() == parts["test labels"].tolist()
+    torch.manual_seed(0)
+    x, y = d.batch(200)
+    pairs = {(im.tobytes(), int(label)) for im, label in zip(parts["train images"], parts["train labels"], strict=True)}
+    assert {(im.numpy().astype(np.uint8).tobytes(), int(label)) for im, label in zip(whole(x, 4), y, strict=True)} == pairs
+    assert len(Images(settings(data_dir=folder, train_size=7)).train) == 7
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-40], lambda raw: raw[:60] + b"x" * 9 + raw[69:], lambda raw: gzip.compress(b"\0" * 99),
+                                    lambda raw: b""])
+def test_a_damaged_mnist_is_told_and_never_replaced(idx, damage):
+    folder, _ = idx
+    file = folder / data.MNIST["test images"][0]
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(SystemExit, match="dataset mnist: .*is not test images: cut, or another file"):
+        Images(settings(data_dir=folder))
+    assert file.exists()
+
+
+def test_auto_says_loudly_that_it_took_the_stand_in(idx, tmp_path):
+    folder, _ = idx
+    assert Images(settings(dataset="auto", data_dir=folder)).name == "mnist"
+    d = Images(settings(dataset="auto", data_dir=tmp_path / "nothing"))
+    assert d.name == "digits" and d.warning.startswith("NO MNIST, TRAINING ON DIGITS DRAWN BY THIS PROGRAM") and "no network" in d.warning
+    with pytest.raises(SystemExit, match="could not be downloaded"):
+        Images(settings(data_dir=tmp_path / "nothing"))
+    with pytest.raises(SystemExit, match="no images 'cifar': one of auto, mnist, digits"):
+        Images(settings(dataset="cifar"))
+
+
+def test_digits_are_labelled_varied_and_always_the_same():
+    """The nearest of ten class means reads most of them right, no two are alike, and the same seed makes the same."""
+    d = digits(3000, 500)
+    x, y = (torch.from_numpy(d[f"train {k}"].copy()).float() for k in ("images", "labels"))
+    means = torch.stack([x[y == i].mean(0).flatten() for i in range(10)])
+    test, label = (torch.from_numpy(d[f"test {k}"].copy()).float() for k in ("images", "labels"))
+    right = (torch.cdist(test.flatten(1), means).argmin(1) == label).float().mean().item()
+    assert right > .5 and len({im.tobytes() for im in d["train images"]}) == 3000
+    assert d["train images"].min() == 0 and d["train images"].max() > 200 and (x.mean((1, 2)) > 10).all()
+    assert all((digits(3000, 500)[k] == v).all() for k, v in d.items())
+
+
+@pytest.mark.parametrize("p", [2, 4, 7])
+def test_patches_and_whole_are_inverse(p):
+    x = torch.arange(2 * 784).view(2, 28, 28)
+    y = patches(x, p)
+    assert y.shape == (2, (28 // p) ** 2, p * p) and torch.equal(whole(y, p), x)
+    assert y[0, 1].tolist() == x[0, :p, p:2 * p].flatten().tolist()
