@@ -80,6 +80,34 @@ class Masked(Config):   # train.py: masked diffusion and its autoregressive twin
 
 
 @dataclass(frozen=True)
+class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
+    dataset: str = "auto"          # mnist, or digits, drawn by this program; auto: mnist if it can be had
+    recipe: Literal["best", "ddpm"] = "best"               # sets the next three: the best found here, or Ho et al. 2020 as it stands
+    predict: Literal["eps", "x0", "v"] = "v"
+    schedule: Literal["linear", "cosine", "sqrt"] = "cosine"
+    weight: Literal["simple", "elbo", "min-snr"] = "min-snr"
+    patch: int = 4                 # pixels on a side of a patch, one position of the transformer; 2 is better and 4x the work
+    drop_label: float = 0.1        # share of the images that hide their label in training, for classifier-free guidance
+    time: bool = True              # feed the network the noise level
+    max_iters: int = 40000 if GPU else 4000
+    batch_size: int = 256 if GPU else 64
+    n_layer: int = 6 if GPU else 4
+    n_head: int = 6 if GPU else 4
+    n_embd: int = 384 if GPU else 128
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.patch not in (1, 2, 4, 7, 14):
+            raise SystemExit(f"patch={self.patch} does not divide 28: one of 1, 2, 4, 7, 14")
+        if not 0 <= self.drop_label <= 1:
+            raise SystemExit(f"drop_label={self.drop_label} is a share, 0 to 1")
+
+
+RECIPES = {"best": {}, "ddpm": dict(predict="eps", schedule="linear", weight="simple")}   # what --recipe changes
+
+
+@dataclass(frozen=True)
 class Sampler:   # how a trained model writes; shared by generate.py and evaluate.py
     steps: int = 256               # network calls per block, at most
     order: Literal["random", "confidence", "margin", "entropy"] = "entropy"            # which masked character next
@@ -114,6 +142,27 @@ class Sample(Sampler):   # generate.py: what to write; never what the network is
         at_least(self, 0, "length")
         if max(self.length, self.n) > 10 ** 6:
             raise SystemExit(f"length={self.length}, n={self.n}: a million is the most")
+
+
+@dataclass(frozen=True)
+class Picture:   # mnist_ddpm.py sample: which digits, and how they are made
+    out: str = ""                  # folder of a run or a checkpoint; empty: out/mnist
+    n: int = 64
+    digit: int = -1                # 0 to 9; -1: all in turn
+    guidance: float = 2.0          # 1: as trained with labels, 0: without; above 1 exaggerates the label
+    steps: int = 50
+    sampler: Literal["ddim", "ancestral"] = "ddim"
+    td: float = 0.0                # take the state so many steps further than its label says (asymmetric time intervals)
+    clip: bool = True              # keep the guess of the picture in [-1, 1]
+    trace: bool = False            # also a strip from noise to digit, and the same moving
+    png: str = ""                  # where to; empty: samples.png in the folder of the run
+    seed: int = 1337
+
+    def __post_init__(self):
+        at_least(self, 1, "n", "steps")
+        at_least(self, 0, "guidance", "td", "seed")
+        if not -1 <= self.digit <= 9 or self.n > 10 ** 6:
+            raise SystemExit(f"digit={self.digit}, n={self.n}: a digit is 0 to 9 (-1: all), a million pictures are the most")
 
 
 @dataclass(frozen=True)
@@ -155,7 +204,7 @@ def parse(argv, cfg):
         if not arg.startswith("--") or not (eq or kind is bool):
             raise SystemExit(f"write --{name if kind else next(iter(types))}=VALUE, not {arg!r}")
         changed[name] = convert(name, kind, text if eq else "True")
-    return replace(cfg, **changed)
+    return replace(cfg, **{**RECIPES.get(changed.get("recipe"), {}), **changed})
 
 
 def convert(name, kind, text):

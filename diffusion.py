@@ -84,7 +84,7 @@ def spread(score, apart):
 class MaskedDiffusion(nn.Module):
     """Tokens 0..V-1 and MASK = V: the network reads V + 1 tokens and predicts V, so MASK cannot be predicted."""
 
-    levels = 16   # noise levels drawn per window when the whole split is evaluated
+    levels, unit, noise = 16, "char", "share masked"   # noise levels drawn per window when the whole split is evaluated; for reports
 
     def __init__(self, net, vocab, schedule="linear", weight="elbo"):
         super().__init__()
@@ -163,7 +163,7 @@ class MaskedDiffusion(nn.Module):
 class Autoregressive(nn.Module):
     """The twin: the same network, causal, with MASK as its start symbol and a constant t. It scores all T characters exactly."""
 
-    levels = 1
+    levels, unit, noise = 1, "char", "share masked"
 
     def __init__(self, net, vocab):
         super().__init__()
@@ -240,7 +240,7 @@ class GaussianDiffusion(nn.Module):
 
     net(x, t): x (B, T, K + number of conditions), t (B,) the noise level (gamma - gamma_0) / (gamma_1 - gamma_0) -> (B, T, K)."""
 
-    levels = 8   # noise levels drawn per example when the whole split is evaluated
+    levels, unit, noise = 8, "number", "noise level"   # noise levels drawn per example when the whole split is evaluated; for reports
 
     def __init__(self, net, V=256, conditions=0, predict="v", schedule="cosine", weight="simple", ends=(-13.3, 10.0)):
         super().__init__()
@@ -259,7 +259,7 @@ class GaussianDiffusion(nn.Module):
     def output(self, z, gamma, cond):
         """The network's output (B, T, K) for z (B, T, K) at gamma (B,) under the conditions cond (B, N); all zeros: none."""
         level = (gamma - self.ends[0]) / (self.ends[1] - self.ends[0])
-        return self.net(torch.cat([z.float(), cond[:, None].expand(-1, z.size(1), -1)], -1), level.float())
+        return self.net(torch.cat([z, cond[:, None].expand(-1, z.size(1), -1)], -1).float(), level.float())
 
     def denoise(self, z, gamma, cond):
         """xhat (B, T, K), float64."""
@@ -280,8 +280,8 @@ class GaussianDiffusion(nn.Module):
     def reconstruction(self, x0, z):
         """-log p(x0 | z) in nats (B,) at gamma_0: a softmax over the levels by their distance to z."""
         a, s = scales(torch.tensor([self.ends[0]], dtype=torch.float64, device=z.device))
-        level = self.clean(torch.arange(self.V, device=z.device))                                                    # (V,)
-        logits = -(z[..., None] - a * level).square() / (2 * s ** 2)                                                 # (B, T, K, V)
+        level = a.flatten() * self.clean(torch.arange(self.V, device=z.device))                                      # (V,)
+        logits = ((z.float()[..., None] - level.float()) / s.item()).square() / -2                                   # (B, T, K, V)
         return F.cross_entropy(logits.flatten(0, -2), x0.flatten(), reduction="none").view(len(x0), -1).sum(1)
 
     def bound(self, x0, u, seeds):

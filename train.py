@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from config import AMP, COLOR, DEVICE, GPU, HERE, Masked, Sample, parse, run
+from config import AMP, COLOR, DEVICE, GPU, HERE, Masked, Mnist, Sample, parse, run
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
 from model import Transformer
@@ -29,9 +29,9 @@ from model import Transformer
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
 FIRST = 100   # the first report comes at this step, before anything is compiled
 LOG = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]   # log.csv: losses in nats, bits per character
-CONFIGS = {"masked": Masked, "ar": Masked}
-SAMPLERS = {"masked": "generate.py", "ar": "generate.py"}
-BAKED = ("objective", "train_size", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer")   # what a run cannot change on the way
+CONFIGS = {"masked": Masked, "ar": Masked, "mnist": Mnist}
+SAMPLERS = {"masked": "generate.py", "ar": "generate.py", "mnist": "mnist_ddpm.py sample"}
+BAKED = ("objective", "predict", "patch", "train_size", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer")   # what a run cannot change on the way
 
 
 def build(c, meta):
@@ -54,7 +54,7 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
     """The bound of method on the windows val (W, ...), each at `levels` stratified noise levels, with the same noise every time.
 
     -> dict: bound and stderr (`text_error`) in nats per character, bits per character, masked_ce = total CE / number masked (not a
-    bound), buckets = mean nats in fifths of t, windows = the bound of each window (W,) in float64."""
+    bound; nan where nothing is masked), buckets = mean nats in fifths of t, windows = the bound of each window (W,) in float64."""
     W, g = len(val), torch.Generator().manual_seed(seed)
     place = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W         # window w, level j: u = (j + place_w) / levels
     u = ((torch.arange(levels) + place[:, None]) / levels).flatten().to(val.device)   # (W * levels,)
@@ -68,7 +68,8 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
     fifth = (5 * t - 1e-6).ceil().clamp(1, 5)
     bound = windows.mean().item()
     return dict(bound=bound, stderr=text_error(windows), bits=bound / math.log(2), windows=windows,
-                masked_ce=((t * nats).sum() / t.sum()).item(), buckets=[nats[fifth == i].mean().item() for i in range(1, 6)])
+                masked_ce=((t * nats).sum() / t.sum()).item() if method.noise == "share masked" else math.nan,
+                buckets=[nats[fifth == i].mean().item() for i in range(1, 6)])
 
 
 def glance(val, c, method):
@@ -78,12 +79,12 @@ def glance(val, c, method):
     return val[torch.linspace(0, len(val) - 1, n).long()], levels
 
 
-def report(e, exact):
-    """One evaluation in words. exact: the bound is the likelihood itself, and there is no noise to sort it by."""
-    line = f"{e['bound']:.4f} ± {e['stderr']:.4f} nats/char{'' if exact else ' bound'} = {e['bits']:.3f} ± {e['stderr'] / math.log(2):.3f} bits"
-    shares = ("0-.2", ".2-.4", ".4-.6", ".6-.8", ".8-1")
-    return line if exact else line + (f" | masked CE {e['masked_ce']:.3f} | CE by share masked: "
-                                      + "  ".join(f"{s}: {b:.2f}" for s, b in zip(shares, e["buckets"], strict=True)))
+def report(e, method):
+    """One evaluation in words; with one level per window the bound is the likelihood itself, and there is no noise to sort it by."""
+    exact, fifths = method.levels == 1, zip(("0-.2", ".2-.4", ".4-.6", ".6-.8", ".8-1"), e["buckets"], strict=True)
+    line = (f"{e['bound']:.4f} ± {e['stderr']:.4f} nats/{method.unit}{'' if exact else ' bound'} = {e['bits']:.3f} ± "
+            f"{e['stderr'] / math.log(2):.3f} bits" + (f" | masked CE {e['masked_ce']:.3f}" if e["masked_ce"] > 0 and not exact else ""))
+    return line if exact else f"{line} | by {method.noise}: " + "  ".join(f"{s}: {b:.2f}" for s, b in fifths)
 
 
 # ---- checkpoints
@@ -142,10 +143,10 @@ def load(path, methods=("masked", "ar")):
 
 def restore(out, c, meta, parts):
     """Load ckpt.pt of the run in out into parts: method, average, scaler, optimizers. -> where the run is"""
-    state = read(out / "ckpt.pt")
+    state = read(out / "ckpt.pt", (meta["method"],))
     if state["data"] != meta["data"]:
         raise SystemExit(f"{out} was trained on {state['data']['name']}, not on this {meta['data']['name']}")
-    if state["step"] >= c.max_iters and "bound" in read(out / "best.pt"):
+    if state["step"] >= c.max_iters and "bound" in read(out / "best.pt", (meta["method"],)):
         raise SystemExit(f"{out} is finished, at step {state['step']}; --max_iters={2 * state['step']} would go on")
     for part, saved in zip(parts, [state["model"], state["ema"], state["scaler"], *state["optimizers"]], strict=True):
         if saved:                                         # the scaler of a CPU has nothing to say to that of a GPU
@@ -155,7 +156,8 @@ def restore(out, c, meta, parts):
 
 def resumed(argv, c, name):
     """The settings a run goes on with: its own, but for what is typed in argv; told, and refused where the network would change."""
-    was = replace(read(folder(c, name) / "ckpt.pt")["config"], out=c.out, resume=True)
+    same = [m for m in CONFIGS if CONFIGS[m] is type(c)]
+    was = replace(read(folder(c, name) / "ckpt.pt", same)["config"], out=c.out, resume=True)
     now = parse(argv, was)
     for k, old in asdict(was).items():
         new = getattr(now, k)
@@ -302,7 +304,7 @@ def fit(method, data, c, meta, show=None):
     def look_and_log(mean, spent):
         e = evaluate(ema, *glance(data.val, c, method))
         rate = data.T * c.batch_size * c.grad_accum * at["count"] / spent
-        say(f"step {at['step']} | loss {mean:.3f} | {report(e, method.levels == 1)} | {rate:,.0f} characters/s")
+        say(f"step {at['step']} | loss {mean:.3f} | {report(e, method)} | {rate:,.0f} {method.unit}s/s")
         at["log"].append([at["step"], round(time.time() - begun, 1), mean, *(e[k] for k in LOG[3:7]), learning_rate(c, at["step"] - 1)])
         if e["bound"] < at["best"]:
             at["best"] = e["bound"]
@@ -350,11 +352,11 @@ def fit(method, data, c, meta, show=None):
     if at["step"] < c.max_iters:
         return say(f"stopped at step {at['step']}, saved in {out}; --resume goes on")
     if RANK == 0:
-        best = read(out / "best.pt")
+        best = read(out / "best.pt", (meta["method"],))
         ema.load_state_dict(best["ema"])
         e = evaluate(ema, data.val, ema.levels)
         save(out / "best.pt", {**best, "config": keep["config"], "bound": e["bound"], "stderr": e["stderr"]})
-        say(f"best weights, of step {best['step']}, over the whole validation split: {report(e, ema.levels == 1)}")
+        say(f"best weights, of step {best['step']}, over the whole validation split: {report(e, ema)}")
     return ema
 
 

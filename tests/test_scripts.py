@@ -27,7 +27,7 @@ def run(*args, **env):
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "masked"
     r = run("train.py", *TINY, f"--out={out}")
-    steps = re.findall(r"step (\d+) \|.*?([\d.]+) ± [\d.]+ nats/char bound = [\d.]+ ± [\d.]+ bits \| masked CE [\d.]+ \| CE by share", r.stdout)
+    steps = re.findall(r"step (\d+) \|.*?([\d.]+) ± [\d.]+ nats/char bound = [\d.]+ ± [\d.]+ bits \| masked CE [\d.]+ \| by share", r.stdout)
     assert [s for s, _ in steps] == ["60", "100", "120"] and float(steps[2][1]) < float(steps[0][1])      # the bound falls
     first = r.stdout.splitlines()[0]
     assert all(w in first for w in ("masked, ", "parameters, ", "pydoc: ", "to validate", "120 steps, about", "Ctrl-C saves"))

@@ -1,0 +1,152 @@
+"""Gaussian diffusion over the pixels of digits, on the transformer and the loop of the text models. settings: config.Mnist, config.Picture
+
+    python mnist_ddpm.py                                        # MNIST if it can be had, else digits drawn by this program
+    python mnist_ddpm.py --recipe=ddpm                          # the paper as it stands: predict eps, linear schedule, plain loss
+    python mnist_ddpm.py sample --n=64                          # out/mnist/samples.png
+    python mnist_ddpm.py sample --digit=7 --guidance=2 --steps=50 --sampler=ddim
+    python mnist_ddpm.py sample --trace                         # a strip from noise to digit, and the same moving"""
+import struct
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from config import DEVICE, HERE, Mnist, Picture, parse, run
+from data import Images, whole
+from diffusion import GaussianDiffusion
+from model import Transformer
+from train import RANK, fit, folder, load, reseed, resumed
+
+DIGITS = 10
+
+
+class Patches(nn.Module):
+    """What the transformer is fed: each patch with the label beside it, and a learned place, since the page has two dimensions."""
+
+    def __init__(self, width, places, n_embd):
+        super().__init__()
+        self.value, self.place = nn.Linear(width, n_embd), nn.Parameter(torch.zeros(places, n_embd))
+
+    def forward(self, x):
+        """(B, T, patch^2 + 10) -> (B, T, n_embd)"""
+        return self.value(x) + self.place
+
+
+class Digits(GaussianDiffusion):
+    """Gaussian diffusion of images with a label, which is a one-hot condition; without a label it is all zeros."""
+
+    unit = "pixel"
+
+    def __init__(self, net, c):
+        super().__init__(net, conditions=DIGITS, predict=c.predict, schedule=c.schedule, weight=c.weight)
+        self.drop_label = c.drop_label
+
+    def forward(self, batch):
+        """Training loss of images (B, T, patch^2) and labels (B,), a share drop_label of them hidden."""
+        x0, label = batch
+        keep = torch.rand(len(x0), 1, device=x0.device) >= self.drop_label
+        return super().forward((x0, F.one_hot(label, DIGITS) * keep))
+
+
+def build(c, meta):
+    """The method of a run: c its Mnist settings."""
+    T, K = (28 // c.patch) ** 2, c.patch ** 2
+    return Digits(Transformer(replace(c, block_size=T), Patches(K + DIGITS, T, c.n_embd), K), c)
+
+
+def draw(method, labels, c, s):
+    """Pictures of labels (n,), -1 without one: a generator of (state, guess) as images (n, 28, 28) in [-1, 1], one for each call."""
+    reseed(s.seed)
+    noise = torch.randn(len(labels), (28 // c.patch) ** 2, c.patch ** 2).to(DEVICE)
+    cond = (labels[:, None] == torch.arange(DIGITS)).float().to(DEVICE)
+    for z, xhat in method.sample(noise, cond, s):
+        yield whole(z, c.patch).cpu(), whole(xhat, c.patch).cpu()
+
+
+# ---- pictures
+
+def grey(x):
+    """Images in [-1, 1] as bytes."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def grid(images, columns):
+    """Images (n, 28, 28) as one (rows * 28, columns * 28), row by row; what is missing is black."""
+    rows = -(-len(images) // columns)
+    images = F.pad(images, (0, 0, 0, 0, 0, rows * columns - len(images)))
+    return images.view(rows, columns, 28, 28).transpose(1, 2).reshape(rows * 28, columns * 28)
+
+
+def png(frames, seconds=0.05, hold=1.0):
+    """The bytes of a grey PNG of frames (F, height, width) uint8; with more than one frame it moves, the last held for `hold` seconds."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    n, height, width = frames.shape
+    parts, order = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))], 0
+    parts += [chunk(b"acTL", struct.pack(">II", n, 0))] if n > 1 else []
+    for i, frame in enumerate(frames):
+        body = zlib.compress(F.pad(frame, (1, 0)).numpy().tobytes(), 9)                 # each row behind a zero: no filter
+        if n > 1:
+            delay = int(1000 * (hold if i == n - 1 else seconds))
+            parts.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", order, width, height, 0, 0, delay, 1000, 0, 0)))
+            order += 1
+        parts.append(chunk(b"fdAT", struct.pack(">I", order) + body) if i else chunk(b"IDAT", body))
+        order += i > 0
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+# ---- train and sample
+
+def train(argv):
+    c = parse(argv, Mnist())
+    if c.resume:
+        c = resumed(argv, c, "mnist")
+    data = Images(c)
+    if data.warning and RANK == 0:
+        print(data.warning)
+    reseed(c.seed)
+    out = folder(c, "mnist")
+
+    def show(ema):
+        *_, (x, _) = draw(ema, torch.arange(100) % DIGITS, c, Picture(steps=25))
+        (out / "samples.png").write_bytes(png(grey(grid(x, DIGITS))[None]))
+        tqdm.write(f"a hundred digits, guidance {Picture.guidance:g}: {out / 'samples.png'}")
+
+    if fit(build(c, {}), data, c, {"method": "mnist", **data.meta}, show) and RANK == 0:
+        print(f"done: python mnist_ddpm.py sample{'' if out == HERE / 'out/mnist' else f' --out={out}'} makes more")
+
+
+def sample(argv):
+    s = parse(argv, Picture())
+    path = Path(s.out) if s.out else HERE / "out/mnist"
+    _, c, meta, weights = load(path, ("mnist",))
+    method = build(c, meta).to(DEVICE).eval()
+    method.load_state_dict(weights)
+    labels = torch.arange(s.n) % DIGITS if s.digit < 0 else torch.full((s.n,), s.digit)
+    frames = list(tqdm(draw(method, labels, c, s), total=s.steps, disable=None))
+    to = Path(s.png) if s.png else (path if path.is_dir() else path.parent) / "samples.png"
+    columns = min(s.n, DIGITS if s.digit < 0 else 8)
+    to.write_bytes(png(grey(grid(frames[-1][0], columns))[None]))
+    print(f"{path}: trained on {meta['data']['name']} for {meta['step']:,} steps; {s.n} digits, {s.steps} {s.sampler} steps, guidance {s.guidance:g}")
+    print(f"wrote {to}")
+    if s.trace:
+        every = torch.linspace(0, s.steps - 1, min(s.steps, 12)).round().int().tolist()
+        strip = torch.stack([frames[i][0][0] for i in every])
+        to.with_name("strip.png").write_bytes(png(grey(grid(strip, len(strip)))[None]))
+        to.with_name("moving.png").write_bytes(png(torch.stack([grey(grid(z, columns)) for z, _ in frames])))
+        print(f"wrote {to.with_name('strip.png')} and {to.with_name('moving.png')}, which moves")
+
+
+def main(argv):
+    if argv[:1] == ["sample"]:
+        sample(argv[1:])
+    else:
+        train(argv)
+
+
+if __name__ == "__main__":
+    run(main)
