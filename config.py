@@ -112,7 +112,7 @@ class Sampler:   # how a trained model writes; shared by generate.py and evaluat
     steps: int = 256               # network calls per block, at most
     order: Literal["random", "confidence", "margin", "entropy"] = "entropy"            # which masked character next
     counts: Literal["even", "documents", "cosine", "entropy"] = "even"                 # how many in one call
-    apart: int = 0                 # of characters closer than this only the best is revealed in one call, while there are others
+    apart: int = 0                 # characters revealed in one call are farther apart than this, while there are such
     gamma: float = 0.1             # counts=entropy: reveal while sum of entropies - the largest <= gamma (nats)
     temperature: float = 0.9       # 0 takes the likeliest character; 1, order=random, remask=0 samples the model that has the bound
     top_k: int = 0                 # only the k likeliest characters; 0: all
@@ -168,11 +168,11 @@ class Picture:   # mnist_ddpm.py sample: which digits, and how they are made
 @dataclass(frozen=True)
 class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of each measurement
     out: str = ""                  # checkpoints or folders of runs, separated by commas; empty: out/masked if trained, else results/
-    dataset: str = ""              # the text they were trained on, where its name does not find it: the path of a file
+    dataset: str = ""              # the path of the text of checkpoints that were trained on a file
     data_dir: str = ""             # where corpora are kept; empty: data/ beside the scripts
     judge: str = ""                # an autoregressive checkpoint that scores samples; empty: results/judge.pt
     bound: bool = True             # the bound over the whole validation split, twice, with different masks
-    exact: int = 200               # windows for the exact left-to-right likelihood of a masked model; 0: none
+    exact: int = 200               # with bound: windows for the exact left-to-right likelihood of a masked model; 0: none
     n: int = 200                   # blocks to sample, and held-out blocks to infill; 0: none
 
     def __post_init__(self):

@@ -74,11 +74,19 @@ def bounded(p, score, gamma):
 
 
 def spread(score, apart):
-    """Scores (B, T) in which whoever has a better one within `apart` places comes after all who have none: characters revealed in one
-    call are drawn without seeing each other, which costs most between neighbours. Ties, as on an empty page, are broken at random."""
-    score = score + 1e-6 * torch.rand_like(score)
-    best = F.max_pool1d(score, 2 * apart + 1, 1, apart)
-    return torch.where(score < best, score - 100, score)
+    """Scores (B, T), -inf where nothing is to be revealed, in a new order: first the best, the best of those farther than `apart` from it,
+    the best of those farther from both, and so on; then the rest. Equal scores, as on an empty page, come in random order.
+
+    Characters revealed in one call are drawn without seeing each other, which costs most between neighbours."""
+    T, near = score.size(1), dict(kernel_size=2 * apart + 1, stride=1, padding=apart)
+    shuffled = torch.rand_like(score).argsort(1)
+    rank = shuffled.gather(1, score.gather(1, shuffled).argsort(dim=1, stable=True)).argsort(1).float()              # (B, T), 0 the worst
+    first, free = torch.zeros_like(score, dtype=torch.bool), score > -math.inf
+    while free.any():
+        peak = free & (rank == F.max_pool1d(rank.masked_fill(~free, -1), **near))
+        first |= peak
+        free &= F.max_pool1d(peak.float(), **near) == 0
+    return (rank + T * first).masked_fill(score == -math.inf, -math.inf)
 
 
 class MaskedDiffusion(nn.Module):
@@ -189,7 +197,7 @@ class Autoregressive(nn.Module):
         x, sure, past = torch.where(known, x, self.mask), known.float(), {}
         shown, start = torch.ones(B, device=x.device), int((~known).any(0).int().argmax())   # one call reads all that is known at first
         for i in range(start, T):
-            before = F.pad(x[:, :i], (1, 0), value=self.mask)[:, 0 if i == start else i:]
+            before = x[:, i - 1:i] if past else F.pad(x[:, :i], (1, 0), value=self.mask)
             token, prob = draw(predicted(self.net(before, shown, past)[:, -1:], s))   # (B, 1)
             free = ~known[:, i]
             x, sure = x.clone(), sure.clone()

@@ -1,17 +1,19 @@
-"""Measure checkpoints: the bound with both its errors, pairwise differences, the exact left-to-right likelihood, and what samples are
-worth. Prints Markdown with the command, commit and machine on top.                                             settings: config.Evaluate
+"""Measure checkpoints: the bound with both its errors, differences from the first, the exact left-to-right likelihood, and what samples
+are worth. Prints Markdown with the command, commit and machine on top.                                          settings: config.Evaluate
 
     python evaluate.py                                                  # out/masked if trained, else the checkpoint in results/
     python evaluate.py --out=out/masked,results/masked.pt --n=0         # no samples: bounds, and their paired difference
     python evaluate.py --bound=False --exact=0 --steps=16 --order=confidence"""
+import functools
 import math
+import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,12 +21,12 @@ import torch
 import torch.nn.functional as F
 
 import train
-from config import AMP, DEVICE, GPU, HERE, Evaluate, Sampler, parse, run
-from data import Alphabet, Text
+from config import AMP, DEVICE, GPU, HERE, Evaluate, Masked, Sampler, parse, run
+from data import Text
 from generate import newest
 
 BUILD = {"masked": train.build, "ar": train.build}
-WORD, NAME = re.compile(r"[A-Za-z']+"), re.compile(r"^[A-Z][A-Za-z ]*:$", re.M)   # words; lines that name a speaker
+WORD, NAME = re.compile(r"(?:[^\W\d_]|')+"), re.compile(r"^[A-Z][A-Za-z ]*:$", re.M)   # words; lines that name a speaker
 SPAN = 16   # characters of a held-out block that are infilled, in its middle
 
 
@@ -37,27 +39,36 @@ def stamp():
         commit = ""
     cpu = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), "") if Path("/proc/cpuinfo").exists() else ""
     machine = torch.cuda.get_device_name() if GPU else f"{cpu or platform.machine()}, {torch.get_num_threads()} threads"
-    return (f"`python evaluate.py {' '.join(sys.argv[1:])}` at commit {commit or 'unknown'}; {machine}, {str(AMP)[6:]}, PyTorch "
+    command = shlex.join(["python", os.path.relpath(sys.argv[0], HERE), *sys.argv[1:]])
+    return (f"`{command}` at commit {commit or 'unknown'}; {machine}, {str(AMP)[6:]}, PyTorch "
             f"{torch.__version__}")
 
 
 def open_checkpoint(path):
-    """-> a checkpoint ready to measure: .path, .name of the method, .c settings, .meta, .alphabet, .method (averaged weights)."""
+    """-> a checkpoint ready to measure: .path, .name of the method, .c settings, .meta, .method (averaged weights)."""
     name, c, meta, weights = train.load(path, tuple(BUILD))
     method = BUILD[name](c, meta).to(DEVICE).eval()
     method.load_state_dict(weights)
-    return SimpleNamespace(path=str(path), name=name, c=c, meta=meta, method=method,
-                           alphabet=Alphabet(meta["alphabet"], raw=meta["data"]["name"] == "enwik8"))
+    return SimpleNamespace(path=str(path), name=name, c=c, meta=meta, method=method)
+
+
+@functools.cache
+def text(name, data_dir, block_size, train_size):
+    """A corpus in windows of block_size, read once; with .source, the training part as a str, and .words, the words it has."""
+    data = Text(Masked(dataset=name, data_dir=data_dir, block_size=block_size, train_size=train_size))
+    data.source = data.alphabet.decode(data.train[:10 ** 7].tolist())     # of text8 and enwik8 a ninth: it is searched again and again
+    data.words = vocabulary(data.source)
+    return data
 
 
 def corpus(checkpoint, s):
-    """The text a checkpoint was trained on, in windows of its block size; one line and exit 1 if it is not to be had."""
-    name = s.dataset or checkpoint.meta["data"]["name"]
-    if name.startswith("file "):
+    """The text a checkpoint was trained on; one line and exit 1 if it is not to be had."""
+    name, sha256 = checkpoint.meta["data"].values()
+    if name.startswith("file ") and not s.dataset:
         raise SystemExit(f"{checkpoint.path} was trained on the {name}: pass its path, --dataset=PATH")
-    data = Text(replace(checkpoint.c, dataset=name, data_dir=s.data_dir))
-    if data.meta["data"]["sha256"] != checkpoint.meta["data"]["sha256"]:
-        raise SystemExit(f"{checkpoint.path} was trained on another {checkpoint.meta['data']['name']} than this {name}")
+    data = text(s.dataset if name.startswith("file ") else name, s.data_dir, checkpoint.c.block_size, checkpoint.c.train_size)
+    if data.meta["data"]["sha256"] != sha256:
+        raise SystemExit(f"{checkpoint.path} was trained on another {name} than this {data.name}")
     return data
 
 
@@ -65,8 +76,10 @@ def corpus(checkpoint, s):
 
 def likelihood(method, val):
     """The bound of method on val (W, T), from two sets of masks: as `train.evaluate`, with windows, buckets and masked_ce averaged, and
-    mc, the Monte Carlo error of their mean: the windows' differences, independent of each other, have variance 4 W mc^2."""
-    a, b = (train.evaluate(method, val, method.levels, seed=seed) for seed in (0, 1))
+    mc, the Monte Carlo error of the bound, from the differences of the windows: mc^2 = var / (4 W). It errs on the large side, as if
+    windows drew their noise levels independently; in truth they share them out."""
+    a = train.evaluate(method, val, method.levels)
+    b = a if method.levels == 1 else train.evaluate(method, val, method.levels, seed=1)
     windows = (a["windows"] + b["windows"]) / 2
     mc = ((a["windows"] - b["windows"]).std() / 2 / len(windows) ** .5).item()
     return dict(windows=windows, bound=windows.mean().item(), stderr=train.text_error(windows), mc=mc,
@@ -90,7 +103,7 @@ def left_to_right(method, x0):
 def likelihood_tables(checkpoints, s):
     """Print the bounds and what belongs to them for checkpoints, each compared window by window with the first."""
     print("| checkpoint | method | parameters | steps | block | nats/char | ± text | ± masks | bits/char | minus the first | masked CE "
-          f"| left to right, {s.exact} windows | minus its bound there |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+          "| left to right (windows) | minus its bound there |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     first, buckets = None, []
     for k in checkpoints:
         data = corpus(k, s)
@@ -104,7 +117,7 @@ def likelihood_tables(checkpoints, s):
             at = torch.linspace(0, len(data.val) - 1, min(s.exact, len(data.val))).long()
             nats = torch.cat([left_to_right(k.method, x.long()) for x in data.val[at].split(128)])
             gap = nats - e["windows"][at]
-            ltr, ltr_gap = f"{nats.mean():.4f} ± {train.text_error(nats):.4f}", f"{gap.mean():+.4f} ± {train.text_error(gap):.4f}"
+            ltr, ltr_gap = f"{nats.mean():.4f} ± {train.text_error(nats):.4f} ({len(at)})", f"{gap.mean():+.4f} ± {train.text_error(gap):.4f}"
         exact = k.method.levels == 1
         size = sum(p.numel() for p in k.method.parameters())
         print(f"| {k.path} | {k.name} | {size:,} | {k.meta['step']:,} | {data.T} | {e['bound']:.4f} | {e['stderr']:.4f} | "
@@ -172,13 +185,13 @@ def written(method, x, known, s):
     return y, calls, time.time() - begun
 
 
-def infilling(checkpoint, val, s):
+def infilling(checkpoint, val):
     """Share of the characters of a held-out span of SPAN that are found, greedily, the most certain first, one a call; the twin sees
-    only what is left of it. -> (mean, standard error over blocks)"""
+    only what is left of it. No sampler setting touches it. -> (mean, standard error over blocks)"""
     x, T = val.long(), val.size(1)
     span = torch.zeros(T, dtype=torch.bool, device=x.device)
     span[max(0, T - SPAN) // 2:][:SPAN] = True
-    y, *_ = written(checkpoint.method, x, ~span.expand_as(x), replace(s, steps=SPAN, temperature=0.0, counts="even", remask=0.0))
+    y, *_ = written(checkpoint.method, x, ~span.expand_as(x), Sampler(steps=SPAN, order="entropy", temperature=0.0, remask=0.0))
     return mean([(n, span.sum().item()) for n in ((y == x) & span).sum(1).tolist()])
 
 
@@ -190,54 +203,64 @@ def sample_row(title, x, data, judge, more=("", "", "")):
     """One row of the table of samples, for the texts x (n, L). more: infilled, calls, characters/s"""
     texts = [data.alphabet.decode(i) for i in x.tolist()]
     pm = lambda pair, digits: f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
-    m = text_metrics(texts, data.text, data.words)
+    m = text_metrics(texts, data.source, data.words)
     return (f"| {title} | {len(texts)} | {pm(judged(judge, x), 3) if judge else ''} | {pm(m['entropy'], 3)} | {pm(m['words'], 3)} | "
             f"{pm(m['names'], 1)} | {m['fourgrams']:.3f} | {pm(m['overlap'], 1)} ({m['longest']}) | " + " | ".join(more) + " |")
 
 
-def sample_setup(checkpoint, s):
-    """-> (the corpus with .text and .words of its training part and .blocks, s.n evenly spaced held-out windows; the judge, or None if
-    it was trained on another text)"""
-    data, judge = corpus(checkpoint, s), open_checkpoint(s.judge or HERE / "results/judge.pt")
+def judge_of(s):
+    """The judge: an autoregressive checkpoint, whose likelihood is exact."""
+    judge = open_checkpoint(s.judge or HERE / "results/judge.pt")
     if judge.name != "ar":
         raise SystemExit(f"{judge.path} is a {judge.name} checkpoint, whose likelihood is a bound; a judge is trained with --objective=ar")
-    data.text = data.alphabet.decode(data.train.tolist())
-    data.words = vocabulary(data.text)
-    data.blocks = data.val[torch.linspace(0, len(data.val) - 1, min(s.n, len(data.val))).long()]
-    return data, judge if judge.meta["data"] == checkpoint.meta["data"] else None
+    return judge
 
 
-def sample(checkpoint, s):
-    """s.n blocks written from nothing by the sampler s. -> (x (n, T), network calls, characters a second)"""
+def sample_setup(checkpoint, s, judge):
+    """-> (the corpus; blocks, at most s.n evenly spaced held-out windows; the judge, or None if it was trained on another text)"""
+    data = corpus(checkpoint, s)
+    blocks = data.val[torch.linspace(0, len(data.val) - 1, min(s.n, len(data.val))).long()].long()
+    fits = judge.meta["data"]["sha256"] == checkpoint.meta["data"]["sha256"]
+    if not fits:
+        print(f"{judge.path} was trained on {judge.meta['data']['name']}: it does not judge {checkpoint.path}", file=sys.stderr)
+    return data, blocks, judge if fits else None
+
+
+def sample(checkpoint, n, s):
+    """n blocks written from nothing by the sampler s. -> (x (n, T), network calls, characters a second)"""
     T = checkpoint.c.block_size
-    nothing = torch.zeros(s.n, T, dtype=torch.long, device=DEVICE)
+    nothing = torch.zeros(n, T, dtype=torch.long, device=DEVICE)
     x, calls, seconds = written(checkpoint.method, nothing, nothing > 0, s)
-    return x, calls, s.n * T / seconds
+    return x, calls, n * T / seconds
 
 
-def sample_tables(checkpoints, s):
-    """Print what the samples of checkpoints are like, beside held-out text in the same windows."""
+def sample_tables(checkpoints, s, judge):
+    """Print what the samples of checkpoints are like, beside as much held-out text in the same windows."""
     print(HEAD)
     shown = set()
     for k in checkpoints:
-        data, judge = sample_setup(k, s)
-        if (data.name, data.T) not in shown:
-            print(sample_row(f"{data.name}, held out", data.blocks.long(), data, judge), flush=True)
-        shown.add((data.name, data.T))
-        x, calls, speed = sample(k, s)
-        found = "{:.3f} ± {:.3f}".format(*infilling(k, data.blocks, s))
-        print(sample_row(k.path, x, data, judge, (found, f"{calls:.1f}", f"{speed:,.0f}")), flush=True)
+        data, blocks, fitting = sample_setup(k, s, judge)
+        if data not in shown:
+            title = f"{data.name}, held out" + f", beside {len(data.train):,} characters" * bool(k.c.train_size)
+            print(sample_row(title, blocks, data, fitting), flush=True)
+        shown.add(data)
+        x, calls, speed = sample(k, len(blocks), s)
+        found = "{:.3f} ± {:.3f}".format(*infilling(k, blocks))
+        print(sample_row(k.path, x, data, fitting, (found, f"{calls:.1f}", f"{speed:,.0f}")), flush=True)
 
 
 def main(argv):
     s = parse(argv, Evaluate())
-    checkpoints = [open_checkpoint(p) for p in (s.out.split(",") if s.out else [newest()])]
+    checkpoints = [open_checkpoint(p) for p in s.out.split(",") if p] or [open_checkpoint(newest())]
+    judge = judge_of(s) if s.n else None
+    for k in checkpoints:
+        corpus(k, s)                                                   # what is missing is told before anything is measured
     print(stamp() + "\n")
     if s.bound:
         likelihood_tables(checkpoints, s)
     if s.n:
         print(f"\nsampler: {', '.join(f'{k}={getattr(s, k)}' for k in Sampler.__dataclass_fields__)}\n")
-        sample_tables(checkpoints, s)
+        sample_tables(checkpoints, s, judge)
 
 
 if __name__ == "__main__":

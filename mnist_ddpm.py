@@ -6,7 +6,6 @@
     python mnist_ddpm.py sample --digit=7 --guidance=2 --steps=50 --sampler=ddim
     python mnist_ddpm.py sample --trace                         # a strip from noise to digit, and the same moving"""
 import struct
-import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +101,7 @@ def png(frames, seconds=0.05, hold=1.0):
 # ---- train and sample
 
 def train(argv):
+    """python mnist_ddpm.py: settings as in config.Mnist."""
     c = parse(argv, Mnist())
     if c.resume:
         c = resumed(argv, c, "mnist")
@@ -121,6 +121,7 @@ def train(argv):
 
 
 def sample(argv):
+    """python mnist_ddpm.py sample: settings as in config.Picture."""
     s = parse(argv, Picture())
     path = Path(s.out) if s.out else HERE / "out/mnist"
     _, c, meta, weights = load(path, ("mnist",))

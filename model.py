@@ -121,9 +121,12 @@ class Transformer(nn.Module):
 
         past, for a causal network: a dict, empty at first, in which it remembers the positions it has seen; x then goes on after them,
         one position at a time (but for the first x)."""
+        assert not past or x.size(1) == 1, "after the first x, one position at a time"
+        seen = x.size(1) + (past["seen"] if past else 0)                              # positions, those of x included
+        if past is not None:
+            past["seen"] = seen
         with autocast():
             x = norm(self.inp(x))                                                     # (B, T, C)
-            seen = remember(past, self, x[0, :, 0], 0).size(0)                        # positions, those of x included
             mod = [0.0] * 6
             if hasattr(self, "time"):
                 t = t if t.dim() == 2 else t[:, None]                                 # (B, T) or (B, 1)

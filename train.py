@@ -31,7 +31,7 @@ FIRST = 100   # the first report comes at this step, before anything is compiled
 LOG = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]   # log.csv: losses in nats, bits per character
 CONFIGS = {"masked": Masked, "ar": Masked, "mnist": Mnist}
 SAMPLERS = {"masked": "generate.py", "ar": "generate.py", "mnist": "mnist_ddpm.py sample"}
-BAKED = ("objective", "predict", "patch", "train_size", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer")   # what a run cannot change on the way
+BAKED = ("objective", "predict", "patch", "train_size", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer")   # fixed for a run
 
 
 def build(c, meta):
@@ -81,10 +81,10 @@ def glance(val, c, method):
 
 def report(e, method):
     """One evaluation in words; with one level per window the bound is the likelihood itself, and there is no noise to sort it by."""
-    exact, fifths = method.levels == 1, zip(("0-.2", ".2-.4", ".4-.6", ".6-.8", ".8-1"), e["buckets"], strict=True)
-    line = (f"{e['bound']:.4f} ± {e['stderr']:.4f} nats/{method.unit}{'' if exact else ' bound'} = {e['bits']:.3f} ± "
-            f"{e['stderr'] / math.log(2):.3f} bits" + (f" | masked CE {e['masked_ce']:.3f}" if e["masked_ce"] > 0 and not exact else ""))
-    return line if exact else f"{line} | by {method.noise}: " + "  ".join(f"{s}: {b:.2f}" for s, b in fifths)
+    line = f"{e['bound']:.4f} ± {e['stderr']:.4f} nats/{method.unit} = {e['bits']:.3f} ± {e['stderr'] / math.log(2):.3f} bits"
+    fifths = zip(("0-.2", ".2-.4", ".4-.6", ".6-.8", ".8-1"), e["buckets"], strict=True)
+    more = f" | masked CE {e['masked_ce']:.3f}" * (e["masked_ce"] > 0) + f" | by {method.noise}: " + "  ".join(f"{s}: {b:.2f}" for s, b in fifths)
+    return line + ", exact" if method.levels == 1 else line + ", a bound" + more
 
 
 # ---- checkpoints
@@ -134,9 +134,7 @@ def read(path, methods=("masked", "ar")):
 
 def load(path, methods=("masked", "ar")):
     """A checkpoint, or the folder of a run (its best.pt) -> (method name, settings, meta, fp32 weights); errors as in `read`."""
-    path = Path(path)
-    path = path / "best.pt" if path.is_dir() else path
-    state = read(path, methods)
+    state = read(Path(path) / "best.pt" if Path(path).is_dir() else Path(path), methods)
     meta = {k: state[k] for k in ("method", "alphabet", "data", "step")}
     return state["method"], state["config"], meta, {k: v.float() for k, v in state["ema"].items()}
 
@@ -156,8 +154,7 @@ def restore(out, c, meta, parts):
 
 def resumed(argv, c, name):
     """The settings a run goes on with: its own, but for what is typed in argv; told, and refused where the network would change."""
-    same = [m for m in CONFIGS if CONFIGS[m] is type(c)]
-    was = replace(read(folder(c, name) / "ckpt.pt", same)["config"], out=c.out, resume=True)
+    was = replace(read(folder(c, name) / "ckpt.pt", [m for m in CONFIGS if CONFIGS[m] is type(c)])["config"], out=c.out, resume=True)
     now = parse(argv, was)
     for k, old in asdict(was).items():
         new = getattr(now, k)

@@ -5,15 +5,14 @@ The sampler: 100 calls, the most confident first, max(1, int(masked / (t + 1))) 
 which in training, under the cosine schedule, had stood for the fraction m(t) masked. Defect two: the counts and the top-k were taken over
 all texts of the batch at once."""
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import Evaluate, parse, run  # noqa: E402
+from config import Evaluate, at_least, parse, run  # noqa: E402
 from diffusion import SCHEDULES, draw  # noqa: E402
-from evaluate import HEAD, open_checkpoint, sample, sample_row, sample_setup, stamp  # noqa: E402
+from evaluate import HEAD, judge_of, open_checkpoint, sample, sample_row, sample_setup, stamp  # noqa: E402
 
 STEPS = 100
 
@@ -39,12 +38,15 @@ def documents(net, mask, wrong_time, flattened):
 
 def main(argv):
     s = parse(argv, Evaluate())
+    at_least(s, 2, "n")
     k = open_checkpoint(s.out)
-    data, judge = sample_setup(k, s)
+    if not getattr(k.c, "time", False) or k.name != "masked":
+        raise SystemExit(f"{k.path} is no masked model that is fed the time: train one with --time=True")
+    data, blocks, judge = sample_setup(k, s, judge_of(s))
     print(stamp() + "\n\n" + HEAD)
     for wrong_time, flattened in ((False, False), (True, False), (False, True), (True, True)):
         k.method.sample = documents(k.method.net, k.method.mask, wrong_time, flattened)
-        x, calls, speed = sample(k, replace(s, steps=STEPS))
+        x, calls, speed = sample(k, len(blocks), s)
         title = " and ".join(["told t"] * wrong_time + ["one top-k for all"] * flattened) or "neither defect"
         print(sample_row(title, x, data, judge, ("", f"{calls:.1f}", f"{speed:,.0f}")), flush=True)
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import Evaluate, parse, run  # noqa: E402
-from evaluate import HEAD, open_checkpoint, sample, sample_row, sample_setup, stamp  # noqa: E402
+from config import Evaluate, at_least, parse, run  # noqa: E402
+from evaluate import HEAD, judge_of, open_checkpoint, sample, sample_row, sample_setup, stamp  # noqa: E402
 from generate import newest  # noqa: E402
 
 ORDERS = ("random", "confidence", "margin", "entropy")
-PLAIN = dict(order="random", temperature=1.0, remask=0.0)
+PLAIN = dict(order="random", temperature=1.0, remask=0.0, apart=0)
 TABLES = {
     "one network call": [PLAIN | dict(steps=1)],
     "even counts": [PLAIN | dict(order=o, steps=k) for k in (8, 16, 32, 64, 128) for o in ORDERS],
@@ -29,14 +29,16 @@ TABLES = {
 
 def main(argv):
     s = parse(argv, Evaluate())
+    at_least(s, 2, "n")
     k = open_checkpoint(s.out or newest())
-    data, judge = sample_setup(k, s)
+    data, blocks, judge = sample_setup(k, s, judge_of(s))
     k.method.net.compile(dynamic=False)                                               # one shape of batch: twice as fast on a CPU
+    sample(k, len(blocks), replace(s, steps=2))                                       # it is compiled at the first call
     print(stamp() + "\n\n" + HEAD)
-    print(sample_row(f"{data.name}, held out", data.blocks.long(), data, judge), flush=True)
+    print(sample_row(f"{data.name}, held out", blocks, data, judge), flush=True)
     for title, rows in TABLES.items():
         for row in rows:
-            x, calls, speed = sample(k, replace(s, **row))
+            x, calls, speed = sample(k, len(blocks), replace(s, **row))
             shown = [f"{name}={value}" for name, value in row.items() if value != 0] or ["the default"]
             print(sample_row(f"{title}: {', '.join(shown)}", x, data, judge, ("", f"{calls:.1f}", f"{speed:,.0f}")), flush=True)
 

@@ -27,7 +27,7 @@ def run(*args, **env):
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "masked"
     r = run("train.py", *TINY, f"--out={out}")
-    steps = re.findall(r"step (\d+) \|.*?([\d.]+) ± [\d.]+ nats/char bound = [\d.]+ ± [\d.]+ bits \| masked CE [\d.]+ \| by share", r.stdout)
+    steps = re.findall(r"step (\d+) \|.*?([\d.]+) ± [\d.]+ nats/char = [\d.]+ ± [\d.]+ bits, a bound \| masked CE [\d.]+ \| by share", r.stdout)
     assert [s for s, _ in steps] == ["60", "100", "120"] and float(steps[2][1]) < float(steps[0][1])      # the bound falls
     first = r.stdout.splitlines()[0]
     assert all(w in first for w in ("masked, ", "parameters, ", "pydoc: ", "to validate", "120 steps, about", "Ctrl-C saves"))
@@ -151,8 +151,8 @@ def test_evaluate_prints_every_table(trained, tmp_path):
     assert [r[1] for r in bounds] == ["masked", "masked", "ar"] and bounds[0][5:8] == bounds[1][5:8]
     assert bounds[1][9] == "+0.0000 ± 0.0000" and bounds[2][7] == "exact" and "±" in bounds[2][9] and "±" in bounds[0][11]
     assert len(buckets) == 2 and all(float(b) > 0 for b in re.findall(r"[\d.]+", buckets[0][-1]))
-    assert [r[1] for r in samples] == ["3"] * 4 and "pydoc, held out" in samples[0][0] and {len(r) for r in samples} == {11}
-    assert samples[1][9] == "8.0" and samples[3][9] == "32.0"
+    assert [r[1] for r in samples] == ["3"] * 5 and "held out, beside 2,000 characters" in samples[3][0] and "pydoc, held out" in samples[0][0] and {len(r) for r in samples} == {11}
+    assert samples[1][9] == "8.0" and samples[4][9] == "32.0"
 
 
 def test_generate_writes_at_once_from_the_checkpoint_in_the_repository(tmp_path):
