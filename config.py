@@ -112,7 +112,7 @@ class Sampler:   # how a trained model writes; shared by generate.py and evaluat
     steps: int = 256               # network calls per block, at most
     order: Literal["random", "confidence", "margin", "entropy"] = "entropy"            # which masked character next
     counts: Literal["even", "documents", "cosine", "entropy"] = "even"                 # how many in one call
-    apart: int = 0                 # characters revealed in one call are farther apart than this, while there are such
+    apart: int = 4                 # characters revealed in one call are farther apart than this, while there are such
     gamma: float = 0.1             # counts=entropy: reveal while sum of entropies - the largest <= gamma (nats)
     temperature: float = 0.9       # 0 takes the likeliest character; 1, order=random, remask=0 samples the model that has the bound
     top_k: int = 0                 # only the k likeliest characters; 0: all
