@@ -74,8 +74,8 @@ class Config:   # shared by every script that trains
 @dataclass(frozen=True)
 class Masked(Config):   # train.py: masked diffusion and its autoregressive twin
     objective: Literal["masked", "ar"] = "masked"          # ar: the same network, causal
-    schedule: Literal["linear", "cosine"] = "linear"       # where training looks; the bound does not depend on it
-    weight: Literal["elbo", "flat", "pooled"] = "elbo"     # of the training loss; the evaluation is always the bound
+    schedule: Literal["linear", "square", "cosine"] = "linear"   # where training looks; the bound does not depend on it
+    weight: Literal["elbo", "pooled"] = "pooled"           # of the training loss: a bound, or per masked character; evaluated is always the bound
     time: bool = False             # feed the network the fraction masked (it can count the MASKs itself)
 
 

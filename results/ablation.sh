@@ -5,15 +5,16 @@ set -eu
 data=${1:-data}
 arm() {   # name, what is changed
     name=$1; shift
-    python train.py --dataset=shakespeare --data_dir="$data" --max_iters=1400 --eval_interval=700 --out="out/ablation/$name" "$@"
+    python train.py --dataset=shakespeare --data_dir="$data" --weight=elbo --max_iters=1400 --eval_interval=700 --out="out/ablation/$name" "$@"
 }
 for seed in 1337 1 2; do
     arm baseline.$seed --seed=$seed
-    arm cosine.$seed --schedule=cosine --seed=$seed
-    arm pooled.$seed --schedule=cosine --weight=pooled --seed=$seed
+    arm pooled.$seed --weight=pooled --seed=$seed
 done
-arm flat --schedule=cosine --weight=flat
-arm linear-pooled --weight=pooled
+arm cosine --schedule=cosine
+arm cosine-pooled --schedule=cosine --weight=pooled
+arm square --schedule=square
+arm square-pooled --schedule=square --weight=pooled
 arm time --time=True
 arm adamw-1e-3 --optimizer=adamw --learning_rate=1e-3
 arm adamw-3e-3 --optimizer=adamw --learning_rate=3e-3
@@ -23,4 +24,4 @@ arm dropout --dropout=0.1
 arm ema-off --ema=0
 arm ema-.99 --ema=0.99
 arm documents --schedule=cosine --weight=pooled --optimizer=adamw --learning_rate=3e-4 --time=True
-# commit aa28468 has the arms that lost: --positions=learned --reach=0 --schedule=loss --schedule=genmd4 --schedule=tilted
+# commit aa28468 has arms that lost: --positions=learned --reach=0 --schedule=loss --schedule=genmd4 --schedule=tilted; --weight=flat
