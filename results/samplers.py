@@ -1,4 +1,7 @@
-"""Quality against network calls: every way to sample one masked checkpoint, a row each: python results/samplers.py [evaluate.py's settings]
+"""Quality against network calls: every way to sample one masked checkpoint, a row each; or only the tables that are named:
+
+    python results/samplers.py --out=results/masked.pt --n=100
+    python results/samplers.py "head to head" --n=400
 
 A row is what `python evaluate.py --bound=False` prints with the row's settings; only infilling, which no sampler setting touches, is left out."""
 import sys
@@ -23,12 +26,14 @@ TABLES = {
     "the documents' counts": [PLAIN | dict(order="confidence", counts="documents", steps=k) for k in (32, 64, 100)],
     "temperature": [PLAIN | dict(order=o, steps=128, temperature=t) for o in ("random", "margin") for t in (.7, .8, .9)],
     "temperature, apart": [PLAIN | dict(order="margin", steps=43, apart=4, temperature=t) for t in (.7, .8, .9, 1.1)],
+    "head to head": [PLAIN | dict(steps=128), *(PLAIN | dict(steps=k, apart=4) for k in (8, 16, 43)),
+                     *(PLAIN | dict(order="margin", steps=43, apart=4, temperature=t) for t in (1.0, 1.05))],
     "remasking": [dict(), dict(temperature=1.0), PLAIN | dict(remask=.01), PLAIN | dict(remask=.01, remask_by="random")],
 }
 
 
 def main(argv):
-    s = parse(argv, Evaluate())
+    s = parse([a for a in argv if a not in TABLES], Evaluate())
     at_least(s, 2, "n")
     k = open_checkpoint(s.out or newest())
     data, blocks, judge = sample_setup(k, s, judge_of(s))
@@ -36,8 +41,8 @@ def main(argv):
     sample(k, len(blocks), replace(s, steps=2))                                       # it is compiled at the first call
     print(stamp() + "\n\n" + HEAD)
     print(sample_row(f"{data.name}, held out", blocks, data, judge), flush=True)
-    for title, rows in TABLES.items():
-        for row in rows:
+    for title in [a for a in argv if a in TABLES] or TABLES:
+        for row in TABLES[title]:
             x, calls, speed = sample(k, len(blocks), replace(s, **row))
             shown = [f"{name}={value}" for name, value in row.items() if value != 0] or ["the default"]
             print(sample_row(f"{title}: {', '.join(shown)}", x, data, judge, ("", f"{calls:.1f}", f"{speed:,.0f}")), flush=True)
