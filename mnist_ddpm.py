@@ -77,7 +77,7 @@ def grey(x):
 def grid(images, columns):
     """Images (n, 28, 28) as one (rows * 28, columns * 28), row by row; what is missing is black."""
     rows = -(-len(images) // columns)
-    images = F.pad(images, (0, 0, 0, 0, 0, rows * columns - len(images)))
+    images = F.pad(images, (0, 0, 0, 0, 0, rows * columns - len(images)), value=-1)
     return images.view(rows, columns, 28, 28).transpose(1, 2).reshape(rows * 28, columns * 28)
 
 

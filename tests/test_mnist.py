@@ -1,0 +1,120 @@
+"""mnist_ddpm.py: pictures that are what was drawn, and the script as a newcomer types it, on digits drawn by the program."""
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import mnist_ddpm
+from config import Mnist, Picture
+from mnist_ddpm import build, draw, grey, grid, png
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--dataset=digits", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60", "--train_size=500"]
+
+
+def chunks(raw):
+    """The chunks of a PNG, their checksums verified: [(kind, data)]."""
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    at, out = 8, []
+    while at < len(raw):
+        n, kind = struct.unpack(">I4s", raw[at:at + 8])
+        data, crc = raw[at + 8:at + 8 + n], struct.unpack(">I", raw[at + 8 + n:at + 12 + n])[0]
+        assert crc == zlib.crc32(kind + data)
+        out.append((kind, data))
+        at += 12 + n
+    return out
+
+
+def pixels(body, width, height):
+    rows = torch.tensor(list(zlib.decompress(body)), dtype=torch.uint8).view(height, width + 1)
+    assert (rows[:, 0] == 0).all()
+    return rows[:, 1:]
+
+
+def test_a_png_holds_its_pixels():
+    x = torch.randint(256, (1, 5, 7), dtype=torch.uint8)
+    (h, head), (d, body), end = chunks(png(x))
+    assert (h, d, end) == (b"IHDR", b"IDAT", (b"IEND", b"")) and struct.unpack(">IIBBBBB", head) == (7, 5, 8, 0, 0, 0, 0)
+    assert torch.equal(pixels(body, 7, 5), x[0])
+
+
+def test_a_moving_png_holds_every_frame_in_order():
+    x = torch.randint(256, (3, 4, 6), dtype=torch.uint8)
+    parts = chunks(png(x, seconds=.1, hold=2))
+    assert [k for k, _ in parts] == [b"IHDR", b"acTL", b"fcTL", b"IDAT", b"fcTL", b"fdAT", b"fcTL", b"fdAT", b"IEND"]
+    assert struct.unpack(">II", parts[1][1]) == (3, 0)
+    order = [struct.unpack(">I", d[:4])[0] for k, d in parts if k in (b"fcTL", b"fdAT")]
+    assert order == list(range(5))
+    bodies = [d if k == b"IDAT" else d[4:] for k, d in parts if k in (b"IDAT", b"fdAT")]
+    assert all(torch.equal(pixels(b, 6, 4), f) for b, f in zip(bodies, x, strict=True))
+    delays = [struct.unpack(">HH", d[20:24]) for k, d in parts if k == b"fcTL"]
+    assert delays == [(100, 1000), (100, 1000), (2000, 1000)]
+
+
+def test_grids_and_greys():
+    x = torch.arange(5)[:, None, None].expand(5, 28, 28) / 4 * 2 - 1
+    g = grey(grid(x, 3))
+    assert g.shape == (56, 84) and [g[i // 3 * 28, i % 3 * 28].item() for i in range(6)] == [0, 64, 128, 191, 255, 0]
+    assert grey(torch.tensor([-9., 9.])).tolist() == [0, 255]
+
+
+def test_labels_reach_the_network_and_are_dropped_as_often_as_said(monkeypatch):
+    m, seen = build(Mnist(n_layer=1, n_head=1, n_embd=16, drop_label=.3), {}), []
+    monkeypatch.setattr(m.net, "forward", lambda x, t: (seen.append(x[:, 0, 16:]), x[..., :16] * 0)[1])
+    torch.manual_seed(0)
+    labels = torch.arange(10).repeat(200)
+    m((torch.randint(256, (2000, 49, 16)), labels))
+    cond = seen[0]
+    hidden = cond.sum(1) == 0
+    assert abs(hidden.float().mean().item() - .3) < .05 and (cond.argmax(1) == labels)[~hidden].all() and set(cond.unique().tolist()) == {0, 1}
+    m.bound(torch.randint(256, (4, 49, 16)), torch.rand(4), range(4))
+    assert not seen[1].any()                                          # the bound is unconditional
+
+
+@pytest.mark.parametrize("c", [Mnist(), Mnist(predict="eps", schedule="linear", weight="simple", patch=7), Mnist(weight="elbo", predict="x0")])
+def test_every_parameter_gets_a_gradient(c):
+    torch.manual_seed(0)
+    m = build(c, {})
+    for p in m.parameters():
+        torch.nn.init.normal_(p, std=.05)
+    x = mnist_ddpm.Images(Mnist(dataset="digits", train_size=100, patch=c.patch)).batch(8)
+    loss = m(x)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in m.parameters())
+
+
+def test_the_same_seed_draws_the_same_pictures():
+    c = Mnist(n_layer=1, n_head=1, n_embd=16)
+    m = build(c, {}).eval()
+    a, b, other = ([x for x, _ in draw(m, torch.arange(3), c, Picture(steps=3, sampler="ancestral", seed=s))] for s in (1, 1, 2))
+    assert len(a) == 3 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[0], other[0])
+
+
+def run(*args, code=0, **env):
+    r = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **env}, timeout=300)
+    assert r.returncode == code, r.stderr
+    return r
+
+
+def test_train_sample_resume_and_the_wrong_script(tmp_path):
+    out = f"--out={tmp_path}/mnist"
+    r = run("mnist_ddpm.py", *TINY, out)
+    assert "nats/pixel" in r.stdout and "masked CE" not in r.stdout and "by noise level" in r.stdout
+    assert "done: python mnist_ddpm.py sample" in r.stdout
+    assert (tmp_path / "mnist/samples.png").exists()
+    r = run("mnist_ddpm.py", "sample", out, "--n=6", "--digit=7", "--guidance=2", "--steps=4", "--trace", f"--png={tmp_path}/a.png")
+    assert "6 digits, 4 ddim steps, guidance 2" in r.stdout
+    (_, head), *_ = chunks((tmp_path / "a.png").read_bytes())
+    assert struct.unpack(">II", head[:8]) == (6 * 28, 28)
+    assert struct.unpack(">II", chunks((tmp_path / "strip.png").read_bytes())[0][1][:8]) == (4 * 28, 28)
+    assert sum(k == b"fcTL" for k, _ in chunks((tmp_path / "moving.png").read_bytes())) == 4
+    assert "is finished, at step 120" in run("mnist_ddpm.py", "--resume", out, code=1).stderr
+    assert "is a mnist checkpoint: python mnist_ddpm.py sample --out=" in run("generate.py", out, code=1).stderr
+    assert "which cannot change" in run("mnist_ddpm.py", "--resume", out, "--predict=x0", "--max_iters=200", code=1).stderr
+    assert "a digit is 0 to 9" in run("mnist_ddpm.py", "sample", out, "--digit=10", code=1).stderr
+    assert "patch=5 does not divide 28" in run("mnist_ddpm.py", "--patch=5", code=1).stderr
