@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"   # one line to change for "cpu" or "mps"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"   # one line to change for "cpu", or "mps" (text only)
 GPU = DEVICE == "cuda"
 FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()   # 4x fp32 in matrix products
 AMP = torch.float16 if GPU else torch.bfloat16 if FAST_BF16 and DEVICE == "cpu" else torch.float32
@@ -79,13 +79,19 @@ class Masked(Config):   # train.py: masked diffusion and its autoregressive twin
     time: bool = False             # feed the network the fraction masked (it can count the MASKs itself)
 
 
+RECIPES = {   # the best found here, and the loss of Ho et al. 2020
+    "best": dict(predict="v", schedule="cosine", weight="min-snr"),
+    "ddpm": dict(predict="eps", schedule="linear", weight="simple"),
+}
+
+
 @dataclass(frozen=True)
 class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
     dataset: str = "auto"          # mnist, or digits, drawn by this program; auto: mnist if it can be had
-    recipe: Literal["best", "ddpm"] = "best"               # sets the next three: the best found here, or Ho et al. 2020 as it stands
-    predict: Literal["eps", "x0", "v"] = "v"
-    schedule: Literal["linear", "cosine", "sqrt"] = "cosine"
-    weight: Literal["simple", "elbo", "min-snr"] = "min-snr"
+    recipe: Literal["best", "ddpm"] = "best"               # what the next three are where they are empty (RECIPES)
+    predict: Literal["", "eps", "x0", "v"] = ""
+    schedule: Literal["", "linear", "cosine", "sqrt"] = ""
+    weight: Literal["", "simple", "elbo", "min-snr"] = ""
     patch: int = 4                 # pixels on a side of a patch, one position of the transformer; 2 is better and 4x the work
     drop_label: float = 0.1        # share of the images that hide their label in training, for classifier-free guidance
     time: bool = True              # feed the network the noise level
@@ -100,11 +106,8 @@ class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
         super().__post_init__()
         if self.patch not in (1, 2, 4, 7, 14):
             raise SystemExit(f"patch={self.patch} does not divide 28: one of 1, 2, 4, 7, 14")
-        if not 0 <= self.drop_label <= 1:
-            raise SystemExit(f"drop_label={self.drop_label} is a share, 0 to 1")
-
-
-RECIPES = {"best": {}, "ddpm": dict(predict="eps", schedule="linear", weight="simple")}   # what --recipe changes
+        if not 0 < self.drop_label < 1:
+            raise SystemExit(f"drop_label={self.drop_label} must be between 0 and 1: guidance needs both, with and without")
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def parse(argv, cfg):
         if not arg.startswith("--") or not (eq or kind is bool):
             raise SystemExit(f"write --{name if kind else next(iter(types))}=VALUE, not {arg!r}")
         changed[name] = convert(name, kind, text if eq else "True")
-    return replace(cfg, **{**RECIPES.get(changed.get("recipe"), {}), **changed})
+    return replace(cfg, **changed)
 
 
 def convert(name, kind, text):

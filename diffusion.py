@@ -216,114 +216,107 @@ class Autoregressive(nn.Module):
 #
 # which depends on the ends gamma_0 and gamma_1 but not on the schedule between them.
 
-DDPM = torch.cat([torch.zeros(1), torch.log1p(-torch.linspace(1e-4, .02, 1000, dtype=torch.float64)).cumsum(0)])   # log alpha-bar (1001,)
-
-ALPHA_BAR = {   # t in [0, 1], float64 -> alpha^2, before it is clamped
-    "linear": lambda t: (DDPM[(1000 * t).long()] + (1000 * t).frac() * (DDPM.roll(-1) - DDPM)[(1000 * t).long()]).exp(),   # between DDPM's steps
+ALPHA_BAR = {   # alpha^2 at t = 0, 1/1000, ..., 1, before it is clamped
+    "linear": lambda t: torch.cat([t[:1] + 1, (1 - torch.linspace(1e-4, .02, 1000, dtype=t.dtype)).cumprod(0)]),    # DDPM's own steps
     "cosine": lambda t: torch.cos((t + .008) / 1.008 * math.pi / 2) ** 2 / math.cos(.008 / 1.008 * math.pi / 2) ** 2,
     "sqrt": lambda t: 1 - (t + 1e-4).sqrt(),                              # below 0 at the end: taken as it is, its root is not a number
 }
-
-# What the network predicts of z = alpha x + sigma eps: its target, xhat from its output, and (x - xhat) / (target - output).
-PREDICT = {
-    "x0": (lambda x, eps, a, s: x, lambda out, z, a, s: out, lambda a, s: a ** 0),
-    "eps": (lambda x, eps, a, s: eps, lambda out, z, a, s: (z - s * out) / a, lambda a, s: -s / a),
-    "v": (lambda x, eps, a, s: a * eps - s * x, lambda out, z, a, s: a * z - s * out, lambda a, s: -s),
+XHAT = {   # the network's guess of x, from its output of each kind at z = alpha x + sigma eps
+    "x0": lambda out, z, a, s: out,
+    "eps": lambda out, z, a, s: (z - s * out) / a,
+    "v": lambda out, z, a, s: a * z - s * out,                            # v = alpha eps - sigma x
 }
-
-# Weight of the squared error of the output; scale is d xhat / d output, dgamma the gamma that the draw stands for. elbo is the bound.
-WEIGHTS = {
-    "simple": lambda snr, scale, dgamma: torch.ones_like(snr),
-    "elbo": lambda snr, scale, dgamma: snr * scale ** 2 * dgamma / 2,
-    "min-snr": lambda snr, scale, dgamma: snr.clamp(max=5) * scale ** 2,                          # Hang et al. 2023
-}
+PLAIN = {"x0": lambda snr: snr ** 0, "eps": lambda snr: snr, "v": lambda snr: snr + 1}   # |x - xhat|^2 times this: the error of the output
 
 
 def scales(gamma):
-    """alpha and sigma of gamma (B,) float64, as (B, 1, 1) float64."""
-    return (-gamma).sigmoid().sqrt()[:, None, None], gamma.sigmoid().sqrt()[:, None, None]
+    """alpha and sigma of gamma (B, 1) or (B, T) float64, with one more dimension for the numbers of a position."""
+    return (-gamma).sigmoid().sqrt()[..., None], gamma.sigmoid().sqrt()[..., None]
 
 
 class GaussianDiffusion(nn.Module):
     """Of numbers that are grey levels 0..V-1, spread over [-1, 1]; subclasses bring other codes (clean, denoise, reconstruction).
 
-    net(x, t): x (B, T, K + number of conditions), t (B,) the noise level (gamma - gamma_0) / (gamma_1 - gamma_0) -> (B, T, K)."""
+    net(x, t): x (B, T, K + extra), t the noise level (gamma - gamma_0) / (gamma_1 - gamma_0), (B, 1) or (B, T) -> (B, T, K). gamma has the
+    shape of t throughout; all that is not the network is float64."""
 
     levels, unit, noise = 8, "number", "noise level"   # noise levels drawn per example when the whole split is evaluated; for reports
+    V, extra = 256, 0                                  # grey levels; numbers beside each position that are known: labels
 
-    def __init__(self, net, V=256, conditions=0, predict="v", schedule="cosine", weight="simple", ends=(-13.3, 10.0)):
+    def __init__(self, net, predict="v", schedule="cosine", weight="simple", ends=(-13.3, 10.0)):
         super().__init__()
-        self.net, self.V, self.conditions, self.schedule, self.weight, self.ends = net, V, conditions, schedule, weight, ends
-        self.target, self.to_x, self.scale = PREDICT[predict]
+        self.net, self.ends, self.to_x, self.plain, self.weight = net, ends, XHAT[predict], PLAIN[predict], weight
+        bar = ALPHA_BAR[schedule](torch.linspace(0, 1, 1001, dtype=torch.float64)).clamp(1e-12, 1 - 1e-12)
+        knots = (torch.log1p(-bar) - bar.log()).clamp(*ends)                          # -log SNR
+        knots[0], knots[-1] = ends
+        self.register_buffer("knots", knots, persistent=False)
 
     def gamma(self, t):
-        """-log SNR (float64) at t in [0, 1], between the ends."""
-        a = ALPHA_BAR[self.schedule](t.double().cpu()).clamp(1e-12, 1 - 1e-12)
-        return (torch.log1p(-a) - a.log()).clamp(*self.ends).to(t.device)
+        """-log SNR at t in [0, 1], linear between the knots, and its slope dgamma/dt, both in the shape of t."""
+        k = (1000 * t).long().clamp(max=999)
+        slope = self.knots[k + 1] - self.knots[k]
+        return self.knots[k] + (1000 * t - k) * slope, 1000 * slope
 
     def clean(self, x0):
         """Grey levels (B, T, K) as numbers in [-1, 1], float64."""
         return x0.double() * 2 / (self.V - 1) - 1
 
-    def output(self, z, gamma, cond):
-        """The network's output (B, T, K) for z (B, T, K) at gamma (B,) under the conditions cond (B, N); all zeros: none."""
+    def denoise(self, z, gamma, extra):
+        """xhat (B, T, K), float64, for z (B, T, K) and what is known beside it, extra (B, T, N), all zeros where it is hidden."""
         level = (gamma - self.ends[0]) / (self.ends[1] - self.ends[0])
-        return self.net(torch.cat([z, cond[:, None].expand(-1, z.size(1), -1)], -1).float(), level.float())
-
-    def denoise(self, z, gamma, cond):
-        """xhat (B, T, K), float64."""
-        return self.to_x(self.output(z, gamma, cond).double(), z, *scales(gamma))
+        return self.to_x(self.net(torch.cat([z, extra], -1).float(), level.float()).double(), z, *scales(gamma))
 
     def forward(self, batch):
-        """Training loss of a batch (x0 (B, T, K), cond (B, N)): the weighted squared error per number; with weight=elbo, the integral of
-        the bound in nats per number. Each row draws its gamma from a stratum of its own."""
-        x0, cond = batch
-        edges = self.gamma(torch.linspace(0, 1, len(x0) + 1, device=x0.device, dtype=torch.float64))
-        gamma = edges[:-1] + torch.rand(len(x0), device=x0.device) * edges.diff()
-        x, (a, s) = self.clean(x0), scales(gamma)
-        eps = torch.randn(x.shape, device=x.device)
-        error = (self.target(x, eps, a, s) - self.output(a * x + s * eps, gamma, cond)).square().mean((1, 2))      # (B,)
-        weight = WEIGHTS[self.weight]((-gamma).exp(), self.scale(a, s).flatten(), len(x0) * edges.diff())
-        return (weight * error).mean().float()
+        """Training loss of a batch (x0 (B, T, K), extra (B, T, N)): the mean of weight * |x - xhat|^2 over t in [0, 1], stratified over the
+        batch. simple: the plain error of what the network predicts; min-snr: Hang et al. 2023; elbo: the integral of the bound, nats per
+        number."""
+        x0, extra = batch
+        t = (torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device, dtype=torch.float64)) / len(x0)
+        gamma, slope = self.gamma(t[:, None])
+        x, (a, s), snr = self.clean(x0), scales(gamma), (-gamma).exp()
+        z = a * x + s * torch.randn(x.shape, device=x.device)
+        weight = {"simple": self.plain(snr), "elbo": snr * slope / 2, "min-snr": snr.clamp(max=5)}[self.weight]       # (B, 1)
+        return (weight * (x - self.denoise(z, gamma, extra)).square().mean(2)).mean().float()
 
     def reconstruction(self, x0, z):
-        """-log p(x0 | z) in nats (B,) at gamma_0: a softmax over the levels by their distance to z."""
-        a, s = scales(torch.tensor([self.ends[0]], dtype=torch.float64, device=z.device))
-        level = a.flatten() * self.clean(torch.arange(self.V, device=z.device))                                      # (V,)
-        logits = ((z.float()[..., None] - level.float()) / s.item()).square() / -2                                   # (B, T, K, V)
-        return F.cross_entropy(logits.flatten(0, -2), x0.flatten(), reduction="none").view(len(x0), -1).sum(1)
+        """-log p(x0 | z) in nats (B,) at gamma_0: a softmax over the levels by their distance to z, of which only the 17 nearest count."""
+        a, s = scales(z.new_tensor([self.ends[0]]))
+        near = ((z / a + 1) * (self.V - 1) / 2).round().clamp(0, self.V - 1).long()[..., None] + torch.arange(-8, 9, device=z.device)
+        logit = lambda level: ((z[..., None] - a * self.clean(level)) / s).square() / -2
+        total = logit(near).masked_fill((near < 0) | (near >= self.V), -math.inf).logsumexp(-1)
+        return (total - logit(x0[..., None])[..., 0]).sum((1, 2))
 
     def bound(self, x0, u, seeds):
-        """One draw of the bound for each row of x0 (B, T, K) or (B, T), unconditional, at u (B,) in (0, 1] of the way from gamma_0 to
-        gamma_1 -> (nats per number of x0 (B,), u)."""
+        """One draw of the bound for each row of x0 (B, T, K) or (B, T), with nothing known beside it, at u (B,) in (0, 1] of the way from
+        gamma_0 to gamma_1 -> (nats per number of x0 (B,), u)."""
         x, (low, high) = self.clean(x0), self.ends
         eps, eps0 = stream(seeds, lambda g: torch.randn(2, *x.shape[1:], generator=g)).to(x.device).unbind(1)
-        gamma = low + u.double() * (high - low)
+        gamma = low + u.double()[:, None] * (high - low)
         (a, s), (a0, s0), (a1, s1) = scales(gamma), *(scales(torch.full_like(gamma, end)) for end in (low, high))
-        xhat = self.denoise(a * x + s * eps, gamma, x.new_zeros(len(x), self.conditions))
-        integral = (high - low) / 2 * (-gamma).exp() * (x - xhat).square().sum((1, 2))
+        xhat = self.denoise(a * x + s * eps, gamma, x.new_zeros(*x.shape[:2], self.extra))
+        integral = (high - low) / 2 * ((-gamma).exp() * (x - xhat).square().sum(2)).sum(1)
         prior = ((a1 * x).square() + s1 ** 2 - 1 - 2 * s1.log()).sum((1, 2)) / 2
         return (integral + prior + self.reconstruction(x0, a0 * x + s0 * eps0)) / x0[0].numel(), u
 
     def step(self, z, xhat, gamma, to, s):
-        """From z at gamma (B,) to noise level `to` (B,), by DDIM or with the ancestral posterior q(z_to | z, xhat)."""
+        """From z at gamma to noise level `to`, by DDIM or with the ancestral posterior q(z_to | z, xhat)."""
         (a, sd), (b, sd_to) = scales(gamma), scales(to)
         if s.sampler == "ddim":
             return b * xhat + sd_to * (z - a * xhat) / sd
-        c = -torch.expm1(to - gamma)[:, None, None]
+        c = -torch.expm1(to - gamma)[..., None]
         return (1 - c) * b / a * z + c * b * xhat + c.sqrt() * sd_to * torch.randn_like(z)
 
     @torch.no_grad()
-    def sample(self, z, cond, s):
-        """From noise z (B, T, K) to numbers in s.steps network calls (twice as many passes under guidance); yields (z, xhat) after each,
-        the last being (xhat, xhat). s.td: the state is taken so many steps further than its label says (asymmetric time intervals)."""
-        z = z.double()
+    def sample(self, z, extra, s):
+        """From noise z (B, T, K) to numbers in s.steps network calls (twice as many passes where s.guidance is neither 0 nor 1); yields
+        (z, xhat) after each, the last being (xhat, xhat). s.td: the state is taken so many steps further than its label says."""
+        z, hidden = z.double(), torch.zeros_like(extra)
         for i in range(s.steps, 0, -1):
-            gamma, to = (self.gamma((torch.full((len(z),), at, device=z.device) / s.steps).clamp(min=0)) for at in (i, i - 1 - s.td))
-            xhat = self.denoise(z, gamma, cond)
-            if s.guidance != 1:
-                free = self.denoise(z, gamma, torch.zeros_like(cond))
-                xhat = free + s.guidance * (xhat - free)
+            (gamma, _), (to, _) = (self.gamma(z.new_full((len(z), 1), max(at / s.steps, 0))) for at in (i, i - 1 - s.td))
+            xhat = self.denoise(z, gamma, extra if s.guidance else hidden)
+            if s.guidance not in (0, 1):
+                free = self.denoise(z, gamma, hidden)
+                xhat = free + s.guidance * (xhat - free)                              # classifier-free guidance (Ho & Salimans 2022)
             xhat = xhat.clamp(-1, 1) if s.clip else xhat
             z = self.step(z, xhat, gamma, to, s) if i > 1 else xhat
             yield z, xhat

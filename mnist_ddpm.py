@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from config import DEVICE, HERE, Mnist, Picture, parse, run
+from config import DEVICE, HERE, RECIPES, Mnist, Picture, parse, run
 from data import Images, whole
 from diffusion import GaussianDiffusion
 from model import Transformer
@@ -32,24 +32,26 @@ class Patches(nn.Module):
         self.value, self.place = nn.Linear(width, n_embd), nn.Parameter(torch.zeros(places, n_embd))
 
     def forward(self, x):
-        """(B, T, patch^2 + 10) -> (B, T, n_embd)"""
-        return self.value(x) + self.place
+        """(B, T, patch^2 + 10) -> (B, T, n_embd); in fp32, since at the clean end half precision cannot hold the noise."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.value(x) + self.place
 
 
 class Digits(GaussianDiffusion):
-    """Gaussian diffusion of images with a label, which is a one-hot condition; without a label it is all zeros."""
+    """Gaussian diffusion of images with a label, one-hot beside every patch; a hidden label is all zeros. The bound is without labels."""
 
-    unit = "pixel"
+    unit, extra = "pixel", DIGITS
 
     def __init__(self, net, c):
-        super().__init__(net, conditions=DIGITS, predict=c.predict, schedule=c.schedule, weight=c.weight)
+        r = RECIPES[c.recipe]
+        super().__init__(net, c.predict or r["predict"], c.schedule or r["schedule"], c.weight or r["weight"])
         self.drop_label = c.drop_label
 
     def forward(self, batch):
         """Training loss of images (B, T, patch^2) and labels (B,), a share drop_label of them hidden."""
         x0, label = batch
         keep = torch.rand(len(x0), 1, device=x0.device) >= self.drop_label
-        return super().forward((x0, F.one_hot(label, DIGITS) * keep))
+        return super().forward((x0, (F.one_hot(label, DIGITS) * keep)[:, None].expand(-1, x0.size(1), -1)))
 
 
 def build(c, meta):
@@ -62,9 +64,9 @@ def draw(method, labels, c, s):
     """Pictures of labels (n,), -1 without one: a generator of (state, guess) as images (n, 28, 28) in [-1, 1], one for each call."""
     reseed(s.seed)
     noise = torch.randn(len(labels), (28 // c.patch) ** 2, c.patch ** 2).to(DEVICE)
-    cond = (labels[:, None] == torch.arange(DIGITS)).float().to(DEVICE)
-    for z, xhat in method.sample(noise, cond, s):
-        yield whole(z, c.patch).cpu(), whole(xhat, c.patch).cpu()
+    label = (labels[:, None] == torch.arange(DIGITS)).float().to(DEVICE)[:, None].expand(-1, noise.size(1), -1)
+    for z, xhat in method.sample(noise, label, s):
+        yield whole(z, c.patch).float().cpu(), whole(xhat, c.patch).float().cpu()
 
 
 # ---- pictures

@@ -30,8 +30,9 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 FIRST = 100   # the first report comes at this step, before anything is compiled
 LOG = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]   # log.csv: losses in nats, bits per character
 CONFIGS = {"masked": Masked, "ar": Masked, "mnist": Mnist}
+SCRIPTS = {"masked": "train.py", "ar": "train.py", "mnist": "mnist_ddpm.py"}
 SAMPLERS = {"masked": "generate.py", "ar": "generate.py", "mnist": "mnist_ddpm.py sample"}
-BAKED = ("objective", "predict", "patch", "train_size", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer")   # fixed for a run
+BAKED = ("objective", "recipe", "predict", "patch", "train_size", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer")   # for good
 
 
 def build(c, meta):
@@ -94,13 +95,13 @@ def folder(c, name):
     return Path(c.out) if c.out else HERE / "out" / name
 
 
-def make_room(out):
+def make_room(out, name):
     """An empty folder for a fresh run; an earlier run that is there moves to the next free number, and is named."""
     if (out / "ckpt.pt").exists():
         out = out.resolve()
         aside = next(p for p in (out.with_name(f"{out.name}.{i}") for i in range(1, 10 ** 6)) if not p.exists())
         out.rename(aside)
-        print(f"the run in {out} is now in {aside}; to go on with it: python train.py --resume --out={aside}")
+        print(f"the run in {out} is now in {aside}; to go on with it: python {SCRIPTS[name]} --resume --out={aside}")
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -292,7 +293,7 @@ def fit(method, data, c, meta, show=None):
     if c.resume:
         at = restore(out, c, meta, [method, ema, scaler, *opts])
     elif RANK == 0:
-        make_room(out)
+        make_room(out, meta["method"])
     keep = {**meta, "config": {k: v for k, v in asdict(c).items() if k not in ("out", "resume")}}
     say(first_line(method, data, c, meta, c.max_iters - at["step"]))
     begun, since, compiled, ending, stop = time.time() - at["seconds"], time.time(), False, False, Stop()

@@ -24,12 +24,6 @@ def test_overrides_have_the_type_of_the_field():
         c.n_layer = 4
 
 
-def test_a_recipe_sets_what_is_not_typed():
-    assert parse(["--recipe=ddpm"], Mnist()).predict == "eps" and parse([], Mnist()).predict == Mnist.predict
-    c = parse(["--weight=elbo", "--recipe=ddpm"], Mnist())
-    assert (c.predict, c.schedule, c.weight, c.recipe) == ("eps", "linear", "elbo", "ddpm")
-
-
 def test_help_is_the_source(capsys):
     with pytest.raises(SystemExit) as e:
         parse(["--help"], Masked())
@@ -140,4 +134,4 @@ def test_and_so_it_is_from_the_shell(script, args, says, files):
 def test_every_setting_is_read_somewhere():
     source = "".join(p.read_text(encoding="utf-8") for p in ROOT.glob("*.py") if p.name != "config.py")
     for f in {f.name for k in (Masked, Mnist, Sample, Picture, Evaluate) for f in dataclasses.fields(k)}:
-        assert f == "recipe" or re.search(rf"\b(c|s|m|self\.c)\.{f}\b", source), f"nothing reads the setting {f}"
+        assert re.search(rf"\b(c|s|m|self\.c)\.{f}\b", source), f"nothing reads the setting {f}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mnist_ddpm
-from config import Mnist, Picture
+from config import Mnist, Picture, parse
 from mnist_ddpm import build, draw, grey, grid, png
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +63,14 @@ def test_grids_and_greys():
     assert grey(torch.tensor([-9., 9.])).tolist() == [0, 255]
 
 
+def test_a_recipe_is_what_the_settings_are_where_they_are_empty():
+    parts = lambda c: (build(c, {}).to_x, build(c, {}).weight, build(c, {}).knots[500].item())
+    ddpm = parse(["--recipe=ddpm", "--n_layer=1"], Mnist())
+    assert parts(ddpm) == parts(Mnist(predict="eps", schedule="linear", weight="simple", n_layer=1))
+    assert parts(Mnist(n_layer=1)) == parts(Mnist(predict="v", schedule="cosine", weight="min-snr", n_layer=1)) != parts(ddpm)
+    assert build(parse(["--weight=elbo", "--recipe=ddpm"], Mnist()), {}).weight == "elbo"
+
+
 def test_labels_reach_the_network_and_are_dropped_as_often_as_said(monkeypatch):
     m, seen = build(Mnist(n_layer=1, n_head=1, n_embd=16, drop_label=.3), {}), []
     monkeypatch.setattr(m.net, "forward", lambda x, t: (seen.append(x[:, 0, 16:]), x[..., :16] * 0)[1])
@@ -91,6 +99,8 @@ def test_every_parameter_gets_a_gradient(c):
 def test_the_same_seed_draws_the_same_pictures():
     c = Mnist(n_layer=1, n_head=1, n_embd=16)
     m = build(c, {}).eval()
+    for p in m.parameters():
+        torch.nn.init.normal_(p, std=.3)
     a, b, other = ([x for x, _ in draw(m, torch.arange(3), c, Picture(steps=3, sampler="ancestral", seed=s))] for s in (1, 1, 2))
     assert len(a) == 3 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[0], other[0])
 
@@ -115,6 +125,7 @@ def test_train_sample_resume_and_the_wrong_script(tmp_path):
     assert sum(k == b"fcTL" for k, _ in chunks((tmp_path / "moving.png").read_bytes())) == 4
     assert "is finished, at step 120" in run("mnist_ddpm.py", "--resume", out, code=1).stderr
     assert "is a mnist checkpoint: python mnist_ddpm.py sample --out=" in run("generate.py", out, code=1).stderr
-    assert "which cannot change" in run("mnist_ddpm.py", "--resume", out, "--predict=x0", "--max_iters=200", code=1).stderr
+    for change in ("--predict=x0", "--recipe=ddpm"):
+        assert "which cannot change" in run("mnist_ddpm.py", "--resume", out, change, "--max_iters=200", code=1).stderr
     assert "a digit is 0 to 9" in run("mnist_ddpm.py", "sample", out, "--digit=10", code=1).stderr
     assert "patch=5 does not divide 28" in run("mnist_ddpm.py", "--patch=5", code=1).stderr
