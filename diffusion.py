@@ -115,7 +115,7 @@ class MaskedDiffusion(nn.Module):
 
     def forward(self, x0):
         """Training loss of tokens x0 (B, T), nats per token: elbo is the bound itself; pooled the mean over all masked tokens
-        of the batch, not a bound, but less noisy: where few are masked, few count. It trains to the lower bound (LOG.md)."""
+        of the batch, which is no bound but less noisy: where few are masked, few count. Networks trained on it have the lower bound (LOG.md)."""
         B, T = x0.shape
         mu, mass = self.levels_of(B, x0.device)
         k = (mu * T).ceil().clamp(1, T)                                               # ceil alone makes k uniform on 1..T

@@ -102,7 +102,7 @@ def left_to_right(method, x0):
 
 def likelihood_tables(checkpoints, s):
     """Print the bounds and what belongs to them for checkpoints, each compared window by window with the first."""
-    print("| checkpoint | method | parameters | steps | block | nats/char | ± text | ± masks | bits/char | minus the first | masked CE "
+    print("| checkpoint | method | parameters | steps | block | bound, nats/char | ± text | ± masks | bits/char | minus the first | masked CE "
           "| left to right (windows) | minus its bound there |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     first, buckets = None, []
     for k in checkpoints:

@@ -149,6 +149,29 @@ def test_losses_are_one_squared_error_in_other_units(predict):
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("predict", XHAT)
+def test_simple_and_min_snr_are_the_papers(predict):
+    """simple: the mean squared error of what the network predicts, x0, eps or v = alpha eps - sigma x0; min-snr: min(snr, 5) |x0 - xhat|^2."""
+    seen, x0 = [], torch.randint(256, (64, 9, 4))
+
+    class Net(nn.Module):
+        def forward(self, z, t):
+            seen.append((z.double(), t.double() * 12 - 6, torch.tanh(z)))
+            return seen[-1][2]
+
+    for weight in ("simple", "min-snr"):
+        m = GaussianDiffusion(Net(), predict, "cosine", weight, ends=(-6., 6.))
+        loss = m((x0, torch.zeros(64, 9, 0))).item()
+        (z, gamma, out), x = seen[-1], m.clean(x0)
+        a, s = scales(gamma)
+        eps = (z - a * x) / s
+        target = {"x0": x, "eps": eps, "v": a * eps - s * x}[predict]
+        error = (target - out).square()
+        per_x = {"x0": error, "eps": error * s ** 2 / a ** 2, "v": error * s ** 2}[predict]                     # |x0 - xhat|^2
+        truth = error if weight == "simple" else ((a / s) ** 2).clamp(max=5) * per_x
+        assert loss == pytest.approx(truth.mean().item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("ends", [(-2., 3.), (-6., 4.)])
 @pytest.mark.parametrize("schedule", ALPHA_BAR)
 def test_the_elbo_loss_is_the_integral_of_the_bound_under_any_schedule(schedule, ends):
