@@ -79,8 +79,9 @@ class Masked(Config):   # train.py: masked diffusion and its autoregressive twin
     time: bool = False             # feed the network the fraction masked (it can count the MASKs itself)
 
 
-RECIPES = {   # the best found here, and the loss of Ho et al. 2020
+RECIPES = {   # the best found here; the one with the best bound, a softmax over the 256 grey levels; and the loss of Ho et al. 2020
     "best": dict(predict="v", schedule="cosine", weight="min-snr"),
+    "levels": dict(predict="levels", schedule="cosine", weight="ce"),
     "ddpm": dict(predict="eps", schedule="linear", weight="simple"),
 }
 
@@ -88,10 +89,10 @@ RECIPES = {   # the best found here, and the loss of Ho et al. 2020
 @dataclass(frozen=True)
 class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
     dataset: str = "auto"          # mnist, or digits, drawn by this program; auto: mnist if it can be had
-    recipe: Literal["best", "ddpm"] = "best"               # what the next three are where they are empty (RECIPES)
-    predict: Literal["", "eps", "x0", "v"] = ""
+    recipe: Literal["best", "levels", "ddpm"] = "best"     # what the next three are where they are empty (RECIPES)
+    predict: Literal["", "eps", "x0", "v", "levels"] = ""
     schedule: Literal["", "linear", "cosine", "sqrt"] = ""
-    weight: Literal["", "simple", "elbo", "min-snr"] = ""
+    weight: Literal["", "simple", "elbo", "min-snr", "ce"] = ""
     patch: int = 4                 # pixels on a side of a patch, one position of the transformer; 2 is better and 4x the work
     drop_label: float = 0.1        # share of the images that hide their label in training, for classifier-free guidance
     time: bool = True              # feed the network the noise level
@@ -177,12 +178,18 @@ class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of eac
     bound: bool = True             # the bound over the whole validation split, twice, with different masks
     exact: int = 200               # with bound: windows for the exact left-to-right likelihood of a masked model; 0: none
     n: int = 200                   # blocks to sample, and held-out blocks to infill; 0: none
+    digits: int = 10000 if GPU else 1000                   # pictures to sample; 0: none
+    digit_steps: int = 50          # of pictures: network calls, guidance and so on, as in Picture
+    guidance: float = 2.0
+    sampler: Literal["ddim", "ancestral"] = "ddim"
+    td: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 0, "exact", "n")
-        if self.n == 1 or self.exact == 1:
-            raise SystemExit("n and exact must be 0, or 2 and more: one has no error")
+        at_least(self, 0, "exact", "n", "digits", "guidance", "td")
+        at_least(self, 1, "digit_steps")
+        if 1 in (self.n, self.exact) or 0 < self.digits < 10:
+            raise SystemExit("n and exact must be 0, or 2 and more: one has no error; digits 0, or 10 and more: one of each")
 
 
 def at_least(c, least, *names):

@@ -245,7 +245,7 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, net, predict="v", schedule="cosine", weight="simple", ends=(-13.3, 10.0)):
         super().__init__()
-        self.net, self.ends, self.to_x, self.plain, self.weight = net, ends, XHAT[predict], PLAIN[predict], weight
+        self.net, self.ends, self.weight, self.to_x, self.plain = net, ends, weight, XHAT.get(predict), PLAIN.get(predict)
         bar = ALPHA_BAR[schedule](torch.linspace(0, 1, 1001, dtype=torch.float64)).clamp(1e-12, 1 - 1e-12)
         knots = (torch.log1p(-bar) - bar.log()).clamp(*ends)                          # -log SNR
         knots[0], knots[-1] = ends
@@ -261,20 +261,28 @@ class GaussianDiffusion(nn.Module):
         """Grey levels (B, T, K) as numbers in [-1, 1], float64."""
         return x0.double() * 2 / (self.V - 1) - 1
 
+    def output(self, z, gamma, extra):
+        """What the network says of z (B, T, K) and what is known beside it, extra (B, T, N)."""
+        level = (gamma - self.ends[0]) / (self.ends[1] - self.ends[0])
+        return self.net(torch.cat([z, extra], -1).float(), level.float())
+
     def denoise(self, z, gamma, extra):
         """xhat (B, T, K), float64, for z (B, T, K) and what is known beside it, extra (B, T, N), all zeros where it is hidden."""
-        level = (gamma - self.ends[0]) / (self.ends[1] - self.ends[0])
-        return self.to_x(self.net(torch.cat([z, extra], -1).float(), level.float()).double(), z, *scales(gamma))
+        return self.to_x(self.output(z, gamma, extra).double(), z, *scales(gamma))
 
-    def forward(self, batch):
-        """Training loss of a batch (x0 (B, T, K), extra (B, T, N)): the mean of weight * |x - xhat|^2 over t in [0, 1], stratified over the
-        batch. simple: the plain error of what the network predicts; min-snr: Hang et al. 2023; elbo: the integral of the bound, nats per
-        number."""
-        x0, extra = batch
+    def noised(self, x0):
+        """Tokens at noise levels stratified over the batch, t uniform in [0, 1]: clean x and noisy z (B, T, K), gamma and its slope (B, 1)."""
         t = (torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device, dtype=torch.float64)) / len(x0)
         gamma, slope = self.gamma(t[:, None])
-        x, (a, s), snr = self.clean(x0), scales(gamma), (-gamma).exp()
-        z = a * x + s * torch.randn(x.shape, device=x.device)
+        x, (a, s) = self.clean(x0), scales(gamma)
+        return x, a * x + s * torch.randn(x.shape, device=x.device), gamma, slope
+
+    def forward(self, batch):
+        """Training loss of a batch (x0 (B, T, K), extra (B, T, N)): the mean of weight * |x - xhat|^2 over t. simple: the plain error of
+        what the network predicts; min-snr: Hang et al. 2023; elbo: the integral of the bound, nats per number."""
+        x0, extra = batch
+        x, z, gamma, slope = self.noised(x0)
+        snr = (-gamma).exp()
         weight = {"simple": self.plain(snr), "elbo": snr * slope / 2, "min-snr": snr.clamp(max=5)}[self.weight]       # (B, 1)
         return (weight * (x - self.denoise(z, gamma, extra)).square().mean(2)).mean().float()
 
@@ -320,3 +328,44 @@ class GaussianDiffusion(nn.Module):
             xhat = xhat.clamp(-1, 1) if s.clip else xhat
             z = self.step(z, xhat, gamma, to, s) if i > 1 else xhat
             yield z, xhat
+
+
+class CodeDiffusion(GaussianDiffusion):
+    """Of tokens 0..V-1 through their codes, the rows of a table (V, K): grey levels, bits or embeddings; a position holds N tokens.
+
+    net(x, t): x (B, T, N K + extra) -> logits (B, T, N V): what the context says of each token. What z itself says of it is known exactly
+    and added (the analytic prior), so that an untrained network has the bound log V; xhat is the mean code, softmax(logits) C."""
+
+    def __init__(self, net, table, schedule="cosine", weight="ce", ends=(-13.3, 10.0)):
+        super().__init__(net, None, schedule, weight, ends)
+        self.register_buffer("table", table, persistent=False)
+
+    def clean(self, x0):
+        """Tokens (B, T, N) as codes (B, T, N K), float64."""
+        return self.table[x0].flatten(2).double()
+
+    def told(self, z, gamma):
+        """log N(z; alpha C, sigma^2), but for a constant: what z (B, T, N K) says of its tokens, (B, T, N, V) float64."""
+        q, C = (z / scales(gamma)[0]).unflatten(2, (-1, self.table.size(1))), self.table.double()
+        return (q @ C.T - C.square().sum(1) / 2) * (-gamma).exp()[..., None, None]
+
+    def logits(self, z, gamma, extra):
+        """log p(token | z, extra) (B, T, N, V), fp32, but for a constant."""
+        told = self.told(z, gamma)
+        return (told - told.amax(-1, keepdim=True)).float() + self.output(z, gamma, extra).view(told.shape)
+
+    def denoise(self, z, gamma, extra):
+        """xhat (B, T, N K), float64."""
+        return (self.logits(z, gamma, extra).softmax(-1) @ self.table.float()).flatten(2).double()
+
+    def forward(self, batch):
+        """Training loss of a batch (x0 (B, T, N), extra): ce, the mean cross-entropy of the tokens over t, which is no bound; else as above."""
+        if self.weight != "ce":
+            return super().forward(batch)
+        _, z, gamma, _ = self.noised(batch[0])
+        return F.cross_entropy(self.logits(z, gamma, batch[1]).flatten(0, 2), batch[0].flatten())
+
+    def reconstruction(self, x0, z):
+        """-log p(x0 | z) in nats (B,) at gamma_0, by what z says alone."""
+        told = self.told(z, z.new_tensor([self.ends[0]])).log_softmax(-1)
+        return -told.flatten(0, 2).gather(1, x0.reshape(-1, 1)).view(len(x0), -1).sum(1)

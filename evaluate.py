@@ -3,7 +3,8 @@ are worth. Prints Markdown with the command, commit and machine on top.         
 
     python evaluate.py                                                  # out/masked if trained, else the checkpoint in results/
     python evaluate.py --out=out/masked,results/masked.pt --n=0         # no samples: bounds, and their paired difference
-    python evaluate.py --bound=False --exact=0 --steps=16 --order=confidence"""
+    python evaluate.py --bound=False --exact=0 --steps=16 --order=confidence
+    python evaluate.py --out=out/mnist --guidance=1                     # digits, beside real ones, noise and blur"""
 import functools
 import math
 import os
@@ -13,20 +14,21 @@ import shlex
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
+import mnist_ddpm
 import train
-from config import AMP, DEVICE, GPU, HERE, Evaluate, Masked, Sampler, parse, run
-from data import Text
+from config import AMP, DEVICE, GPU, HERE, Evaluate, Masked, Mnist, Picture, Sampler, parse, run
+from data import Images, Text, patches, whole
 from generate import newest
+from metrics import Reader, blurred, digit_metrics, mean, noise_like, read, text_metrics, train_reader, vocabulary
+from mnist_ddpm import grey, many
 
-BUILD = {"masked": train.build, "ar": train.build}
-WORD, NAME = re.compile(r"(?:[^\W\d_]|')+"), re.compile(r"^[A-Z][A-Za-z ]*:$", re.M)   # words; lines that name a speaker
+BUILD = {"masked": train.build, "ar": train.build, "mnist": mnist_ddpm.build}
 SPAN = 16   # characters of a held-out block that are infilled, in its middle
 
 
@@ -131,42 +133,6 @@ def likelihood_tables(checkpoints, s):
 
 # ---- samples
 
-def mean(parts):
-    """Sum of a / sum of b over parts (a, b), with its standard error by the delta method."""
-    a, b = torch.tensor(parts, dtype=torch.float64).unbind(1)
-    ratio = a.sum() / b.sum()
-    return ratio.item(), ((a - ratio * b).std() * len(a) ** .5 / b.sum()).item()
-
-
-def vocabulary(text):
-    """The words of a text, in lower case: a word is a run of letters and apostrophes."""
-    return {w.lower() for w in WORD.findall(text)}
-
-
-def overlap(text, source):
-    """Length of the longest piece of text that is in source, to the letter."""
-    longest = 0
-    for i in range(len(text)):
-        while i + longest < len(text) and text[i:i + longest + 1] in source:
-            longest += 1
-    return longest
-
-
-def text_metrics(texts, source, known):
-    """What a list of texts is like, beside the training text `source` with the words `known`. -> dict, pairs are (mean, standard error
-    over texts): words, the share of words that are known, of those strictly inside a text (its ends are cut); names, lines that name a
-    speaker, in 1,000 characters; entropy of the characters in bits; fourgrams, different 4-grams as a share of all; overlap, the longest
-    piece of each text that stands in source; longest, the longest of all."""
-    counts = Counter("".join(texts))
-    surprise = {ch: -math.log2(n / counts.total()) for ch, n in counts.items()}
-    grams = Counter("".join(g) for t in texts for g in zip(t, t[1:], t[2:], t[3:], strict=False))
-    overlaps = [overlap(t, source) for t in texts]
-    words = [[w.lower() in known for w in WORD.findall(t)[1:-1]] for t in texts]
-    return dict(words=mean([(sum(w), len(w)) for w in words]), names=mean([(1000 * len(NAME.findall(t)), len(t)) for t in texts]),
-                entropy=mean([(sum(surprise[ch] for ch in t), len(t)) for t in texts]), fourgrams=len(grams) / max(1, grams.total()),
-                overlap=mean([(o, 1) for o in overlaps]), longest=max(overlaps))
-
-
 @torch.no_grad()
 def judged(judge, x):
     """Nats per character of the texts x (n, L) under an autoregressive judge of the same alphabet, exact, in pieces of at most its
@@ -249,18 +215,83 @@ def sample_tables(checkpoints, s, judge):
         print(sample_row(k.path, x, data, fitting, (found, f"{calls:.1f}", f"{speed:,.0f}")), flush=True)
 
 
+# ---- digits
+
+@functools.cache
+def real_digits(name, data_dir, sha256):
+    """Real digits as `metrics.digit_metrics` wants them: train and test images (n, 28, 28), features of the test images, and two Readers:
+    those in results/ if they were trained on this data, else trained once, for some minutes, and kept in out/."""
+    data = Images(Mnist(dataset=name, data_dir=data_dir))
+    if data.meta["data"]["sha256"] != sha256:
+        raise SystemExit(f"these {name} are others than the checkpoint was trained on")
+    images, test = whole(data.train, 4), whole(data.val, 4)
+    kept = [HERE / folder / f"readers-{sha256[:8]}.pt" for folder in ("results", "out")]
+    path = next((p for p in kept if p.exists()), kept[1])
+    if not path.exists():
+        print(f"training two readers of {name}, once, some minutes: {path}", file=sys.stderr)
+        path.parent.mkdir(exist_ok=True)
+        train.save(path, [{k: v.half() for k, v in train_reader(images, data.labels, seed).state_dict().items()} for seed in (0, 1)])
+    readers = []
+    for weights in torch.load(path, map_location=DEVICE, weights_only=True):
+        readers.append(Reader().to(DEVICE).eval())
+        readers[-1].load_state_dict(weights)
+    features, digit = read(readers[0], test)
+    right = [(d == data.val_labels).double().mean().item() for d in (digit, read(readers[1], test)[1])]
+    print(f"\ndigits: {name}; the judge reads {right[0]:.2%} of its {len(test):,} test images right, the other reader {right[1]:.2%}\n")
+    return SimpleNamespace(data=data, sets=(images, test, features, *readers), labels=data.labels)
+
+
+DIGITS_HEAD = ("| digits | n | read as asked | Frechet distance | times the floor | precision | recall | nearest training digit, of a test digit's "
+               "| read as 0, 1 ... 9, % | bits/dim | digits/s |\n|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|")
+
+
+def digit_row(title, m, floor, bits="", speed=""):
+    """One row of the table of digits, m from `metrics.digit_metrics`."""
+    pm = lambda pair: "" if math.isnan(pair[0]) else f"{pair[0]:.3f} ± {pair[1]:.3f}"
+    shares = " ".join(f"{100 * n / sum(m['read']):.0f}" for n in m["read"])
+    return (f"| {title} | {sum(m['read'])} | {pm(m['right'])} | {pm(m['frechet'])} | {m['frechet'][0] / floor:.1f} | {pm(m['precision'])} | "
+            f"{pm(m['recall'])} | {pm(m['near'])} | {shares} | {bits} | {speed} |")
+
+
+def digit_tables(checkpoints, s):
+    """Print what pictures by checkpoints are like, below as many real digits, noise and blurred digits."""
+    shown = set()
+    for k in checkpoints:
+        real = real_digits(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"])
+        images, n = real.sets[0], s.digits
+        if real not in shown:
+            train.reseed(s.seed)
+            some = torch.randperm(len(images))[:n].to(DEVICE)
+            floor = digit_metrics(images[some], real.labels[some], real.sets, itself=1)
+            print(DIGITS_HEAD + "\n" + digit_row("real, from the training set", floor, floor["frechet"][0]))
+            print(digit_row("noise, pixel by pixel as in real ones", digit_metrics(noise_like(images, n), None, real.sets), floor["frechet"][0]))
+            print(digit_row("real, blurred", digit_metrics(blurred(images[some]), real.labels[some], real.sets), floor["frechet"][0]), flush=True)
+            shown.add(real)
+        e = likelihood(k.method, patches(whole(real.data.val, 4), k.c.patch)) if s.bound else None
+        bits = f"{e['bits']:.3f} ± {e['stderr'] / math.log(2):.3f} ± {e['mc'] / math.log(2):.3f} (noise)" if e else ""
+        asked, begun = torch.arange(n) % 10, time.time()
+        how = Picture(n=n, guidance=s.guidance, steps=s.digit_steps, sampler=s.sampler, td=s.td, seed=s.seed)
+        x = grey(many(k.method, asked, k.c, how)).to(DEVICE)
+        speed = f"{n / (time.time() - begun):.1f}"
+        print(digit_row(k.path, digit_metrics(x, asked, real.sets), floor["frechet"][0], bits, speed), flush=True)
+
+
 def main(argv):
     s = parse(argv, Evaluate())
-    checkpoints = [open_checkpoint(p) for p in s.out.split(",") if p] or [open_checkpoint(newest())]
-    judge = judge_of(s) if s.n else None
+    every = [open_checkpoint(p) for p in s.out.split(",") if p] or [open_checkpoint(newest())]
+    checkpoints, digits = [k for k in every if k.name != "mnist"], [k for k in every if k.name == "mnist"]
+    judge = judge_of(s) if s.n and checkpoints else None
     for k in checkpoints:
         corpus(k, s)                                                   # what is missing is told before anything is measured
     print(stamp() + "\n")
-    if s.bound:
+    if s.bound and checkpoints:
         likelihood_tables(checkpoints, s)
-    if s.n:
+    if s.n and checkpoints:
         print(f"\nsampler: {', '.join(f'{k}={getattr(s, k)}' for k in Sampler.__dataclass_fields__)}\n")
         sample_tables(checkpoints, s, judge)
+    if s.digits and digits:
+        print(f"guidance {s.guidance:g}, {s.digit_steps} {s.sampler} steps, td {s.td:g}; bits/dim: without labels or guidance")
+        digit_tables(digits, s)
 
 
 if __name__ == "__main__":

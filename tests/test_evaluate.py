@@ -12,7 +12,8 @@ import model
 import train
 from config import Masked, Sampler
 from diffusion import Autoregressive, MaskedDiffusion
-from evaluate import infilling, judged, left_to_right, likelihood, mean, overlap, text_metrics, vocabulary, written
+from evaluate import infilling, judged, left_to_right, likelihood, written
+from metrics import mean, overlap, text_metrics, vocabulary
 from train import build, evaluate, glance
 
 
