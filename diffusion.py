@@ -245,7 +245,7 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, net, predict="v", schedule="cosine", weight="simple", ends=(-13.3, 10.0)):
         super().__init__()
-        self.net, self.ends, self.weight, self.to_x, self.plain = net, ends, weight, XHAT.get(predict), PLAIN.get(predict)
+        self.net, self.ends, self.weight, self.to_x, self.plain = net, ends, weight, XHAT[predict], PLAIN[predict]
         bar = ALPHA_BAR[schedule](torch.linspace(0, 1, 1001, dtype=torch.float64)).clamp(1e-12, 1 - 1e-12)
         knots = (torch.log1p(-bar) - bar.log()).clamp(*ends)                          # -log SNR
         knots[0], knots[-1] = ends
@@ -337,7 +337,7 @@ class CodeDiffusion(GaussianDiffusion):
     and added (the analytic prior), so that an untrained network has the bound log V; xhat is the mean code, softmax(logits) C."""
 
     def __init__(self, net, table, schedule="cosine", weight="ce", ends=(-13.3, 10.0)):
-        super().__init__(net, None, schedule, weight, ends)
+        super().__init__(net, "x0", schedule, weight, ends)
         self.register_buffer("table", table, persistent=False)
 
     def clean(self, x0):
@@ -352,7 +352,7 @@ class CodeDiffusion(GaussianDiffusion):
     def logits(self, z, gamma, extra):
         """log p(token | z, extra) (B, T, N, V), fp32, but for a constant."""
         told = self.told(z, gamma)
-        return (told - told.amax(-1, keepdim=True)).float() + self.output(z, gamma, extra).view(told.shape)
+        return told.sub_(told.amax(-1, keepdim=True)).float() + self.output(z, gamma, extra).view(told.shape)
 
     def denoise(self, z, gamma, extra):
         """xhat (B, T, N K), float64."""

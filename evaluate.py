@@ -255,7 +255,7 @@ def digit_row(title, m, floor, bits="", speed=""):
 
 def digit_tables(checkpoints, s):
     """Print what pictures by checkpoints are like, below as many real digits, noise and blurred digits."""
-    shown = set()
+    shown = []
     for k in checkpoints:
         real = real_digits(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"])
         images, n = real.sets[0], s.digits
@@ -266,9 +266,9 @@ def digit_tables(checkpoints, s):
             print(DIGITS_HEAD + "\n" + digit_row("real, from the training set", floor, floor["frechet"][0]))
             print(digit_row("noise, pixel by pixel as in real ones", digit_metrics(noise_like(images, n), None, real.sets), floor["frechet"][0]))
             print(digit_row("real, blurred", digit_metrics(blurred(images[some]), real.labels[some], real.sets), floor["frechet"][0]), flush=True)
-            shown.add(real)
+            shown.append(real)
         e = likelihood(k.method, patches(whole(real.data.val, 4), k.c.patch)) if s.bound else None
-        bits = f"{e['bits']:.3f} ± {e['stderr'] / math.log(2):.3f} ± {e['mc'] / math.log(2):.3f} (noise)" if e else ""
+        bits = f"{e['bound'] / math.log(2):.3f} ± {e['stderr'] / math.log(2):.3f} ± {e['mc'] / math.log(2):.3f} (noise)" if e else ""
         asked, begun = torch.arange(n) % 10, time.time()
         how = Picture(n=n, guidance=s.guidance, steps=s.digit_steps, sampler=s.sampler, td=s.td, seed=s.seed)
         x = grey(many(k.method, asked, k.c, how)).to(DEVICE)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import ALPHA_BAR, XHAT, GaussianDiffusion, scales
+from diffusion import ALPHA_BAR, XHAT, CodeDiffusion, GaussianDiffusion, scales
+from mnist_ddpm import LevelDigits
 from train import evaluate
 
 
@@ -342,3 +343,78 @@ def test_the_draws_of_a_row_do_not_depend_on_the_batch():
     u, seeds = torch.rand(6), list(range(6))
     whole = m.bound(x0, u, seeds)[0]
     assert torch.allclose(whole[2:4], m.bound(x0[2:4], u[2:4], seeds[2:4])[0])
+
+
+# ---- tokens through codes
+
+class Says(nn.Module):
+    """A network that says the same logits (n,) at every position; fed nothing but what CodeDiffusion feeds."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x, t):
+        return self.logits.expand(*x.shape[:2], -1)
+
+
+CODES = {**TABLES, "unequal": torch.randn(27, 6, generator=torch.Generator().manual_seed(1)) * torch.linspace(.5, 3, 27)[:, None],
+         "grey": torch.linspace(-1, 1, 256)[:, None]}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_silent_network_has_the_bound_log_V(code):
+    """The analytic prior alone: -log p of any token is log V, several tokens to a position too."""
+    table = CODES[code]
+    V, ends = len(table), (-13.3 if code == "grey" else -8., 10.)
+    m = CodeDiffusion(Says(torch.zeros(2 * V)), table, ends=ends)
+    x0 = torch.randint(V, (1000, 8, 2), generator=torch.Generator().manual_seed(0))
+    e = evaluate(m, x0, 8)
+    assert e["bound"] == pytest.approx(math.log(V), abs=max(.015 * math.log(V), 4 * e["stderr"]))
+
+
+@pytest.mark.parametrize("code", TABLES)
+def test_a_network_that_knows_the_source_has_its_entropy(code):
+    x0 = torch.multinomial(P, 3000 * 16, replacement=True, generator=torch.Generator().manual_seed(0)).view(3000, 16, 1)
+    m = CodeDiffusion(Says(P.log().float()), TABLES[code], ends=(-6., 8.))
+    assert evaluate(m, x0, 8)["bound"] == pytest.approx(-P.log()[x0].mean().item(), abs=.04)
+
+
+def test_an_oracle_returns_the_tokens_and_its_bound_is_the_prior_kl():
+    table = TABLES["unit"]
+    x0 = torch.randint(27, (4, 9, 1))
+
+    class Oracle(nn.Module):
+        def forward(self, x, t):
+            return 1e4 * nn.functional.one_hot(x0[:, :, 0], 27).float()
+
+    m = CodeDiffusion(Oracle(), table, ends=(-8., 5.))
+    nats, _ = m.bound(x0, torch.tensor([.1, .3, .6, .9]), [0, 1, 2, 3])
+    a, s = (v.item() for v in scales(torch.tensor([[5.]]).double()))
+    kl = (a ** 2 + 16 * (s ** 2 - 1 - 2 * math.log(s))) / 2                           # |C| = 1, 16 dimensions
+    assert torch.allclose(nats, torch.full_like(nats, kl), atol=1e-6)
+    for steps in (1, 2, 7):
+        *_, (y, _) = m.sample(torch.randn(4, 9, 16), torch.zeros(4, 9, 0), sampler(steps=steps))
+        assert torch.allclose(y, table[x0[:, :, 0]].double(), atol=1e-6)
+
+
+def test_what_z_says_is_bayes_rule_and_grey_levels_take_the_short_way():
+    m = CodeDiffusion(Says(torch.zeros(27)), CODES["unequal"])
+    z, gamma = torch.randn(2, 5, 6).double(), torch.tensor([[-3.], [1.]]).double()
+    a, s = scales(gamma)
+    direct = (-(z[..., None, :] - a[..., None] * m.table.double()).square().sum(-1) / (2 * s ** 2)).log_softmax(-1)
+    assert torch.allclose(m.told(z, gamma)[:, :, 0].log_softmax(-1), direct, atol=1e-9)
+    table, z = CODES["grey"], torch.randn(3, 7, 4).double().clamp(-1, 1)
+    for end in (-13.3, -5., 0., 8.):
+        gamma = torch.full((3, 1), end).double()
+        long, short = (k(Says(torch.zeros(1024)), table).told(z, gamma).double().softmax(-1) for k in (CodeDiffusion, LevelDigits))
+        assert torch.allclose(long, short, atol=1e-3)
+
+
+def test_ce_is_the_cross_entropy_of_the_tokens():
+    torch.manual_seed(0)
+    m, x0 = CodeDiffusion(Says(torch.zeros(54)), TABLES["unit"], ends=(8., 9.)), torch.randint(27, (64, 10, 2))
+    assert m((x0, torch.zeros(64, 10, 0))).item() == pytest.approx(math.log(27), abs=.05)     # all but noise: nothing is told
+    elbo = CodeDiffusion(Says(torch.zeros(54)), TABLES["unit"], weight="elbo", ends=(-6., 8.))
+    nats = 16 * sum(elbo((x0, torch.zeros(64, 10, 0))).item() for _ in range(40)) / 40
+    assert nats == pytest.approx(math.log(27), abs=.15)

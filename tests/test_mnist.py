@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
+import evaluate
+import metrics
 import mnist_ddpm
 from config import Mnist, Picture, parse
 from mnist_ddpm import build, draw, grey, grid, png
@@ -129,3 +132,25 @@ def test_train_sample_resume_and_the_wrong_script(tmp_path):
         assert "which cannot change" in run("mnist_ddpm.py", "--resume", out, change, "--max_iters=200", code=1).stderr
     assert "a digit is 0 to 9" in run("mnist_ddpm.py", "sample", out, "--digit=10", code=1).stderr
     assert "patch=5 does not divide 28" in run("mnist_ddpm.py", "--patch=5", code=1).stderr
+
+
+def test_the_table_of_digits(tmp_path, monkeypatch, capsys):
+    """evaluate.py on two recipes, with its floors; readers are trained once, kept, and told when they belong to other digits."""
+    few = data.digits(1500, 200)
+    monkeypatch.setattr(data, "digits", lambda: few)
+    monkeypatch.setattr(evaluate, "HERE", tmp_path)
+    monkeypatch.setattr(evaluate, "train_reader", lambda images, labels, seed: metrics.train_reader(images, labels, seed, epochs=1))
+    for recipe in ("best", "levels"):
+        mnist_ddpm.train([*TINY, f"--recipe={recipe}", f"--out={tmp_path}/{recipe}", "--max_iters=10", "--train_size=100"])
+    capsys.readouterr()
+    for _ in range(2):
+        evaluate.main([f"--out={tmp_path}/best,{tmp_path}/levels", "--digits=20", "--digit_steps=3", "--guidance=1.5"])
+        told = capsys.readouterr()
+        rows = [line.split(" | ") for line in told.out.splitlines() if line.startswith("| ")]
+        assert len(rows) == 6 and len({len(r) for r in rows}) == 1 and "guidance 1.5, 3 ddim steps" in told.out
+        assert [r[1] for r in rows[1:]] == ["20"] * 5 and rows[1][4] == "1.0" and "± " in rows[4][9] and rows[2][2] == ""
+    assert "training two readers" not in told.err and len(list((tmp_path / "out").glob("readers-*.pt"))) == 1
+    few["train images"] = few["train images"][::-1].copy()
+    evaluate.real_digits.cache_clear()
+    with pytest.raises(SystemExit, match="are others than"):
+        evaluate.main([f"--out={tmp_path}/best"])
