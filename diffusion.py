@@ -94,6 +94,7 @@ class MaskedDiffusion(nn.Module):
     """Tokens 0..V-1 and MASK = V: the network reads V + 1 tokens and predicts V, so MASK cannot be predicted."""
 
     levels, unit, noise = 16, "char", "share masked"   # noise levels drawn per window when the whole split is evaluated; for reports
+    early_stopping = True                              # the weights with the lowest bound are kept, not the last
 
     def __init__(self, net, vocab, schedule="linear", weight="elbo"):
         super().__init__()
@@ -172,7 +173,7 @@ class MaskedDiffusion(nn.Module):
 class Autoregressive(nn.Module):
     """The twin: the same network, causal, with MASK as its start symbol and a constant t. It scores all T characters exactly."""
 
-    levels, unit, noise = 1, "char", "share masked"
+    levels, unit, noise, early_stopping = 1, "char", "share masked", True
 
     def __init__(self, net, vocab):
         super().__init__()
@@ -242,6 +243,7 @@ class GaussianDiffusion(nn.Module):
 
     levels, unit, noise = 8, "number", "noise level"   # noise levels drawn per example when the whole split is evaluated; for reports
     V, extra = 256, 0                                  # grey levels; numbers beside each position that are known: labels
+    early_stopping = False                             # noise finer than a grey level decides its bound, and nobody sees that
 
     def __init__(self, net, predict="v", schedule="cosine", weight="simple", ends=(-13.3, 10.0)):
         super().__init__()
@@ -335,6 +337,8 @@ class CodeDiffusion(GaussianDiffusion):
 
     net(x, t): x (B, T, N K + extra) -> logits (B, T, N V): what the context says of each token. What z itself says of it is known exactly
     and added (the analytic prior), so that an untrained network has the bound log V; xhat is the mean code, softmax(logits) C."""
+
+    early_stopping = True
 
     def __init__(self, net, table, schedule="cosine", weight="ce", ends=(-13.3, 10.0)):
         super().__init__(net, "x0", schedule, weight, ends)

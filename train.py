@@ -274,9 +274,9 @@ class Stop:
 def fit(method, data, c, meta, show=None):
     """Train method, a module whose forward(batch) is its loss, on data.batch(n), and evaluate its moving average on data.val.
 
-    Every c.eval_interval steps the run's folder gets log.csv, ckpt.pt (all that is needed to go on) and, if the bound fell, best.pt (the
-    averaged weights); then show(averaged method) is called. A run that ends adds to best.pt its bound over the whole split.
-    -> the averaged method with its best weights, or None if the run was stopped."""
+    Every c.eval_interval steps the run's folder gets log.csv, ckpt.pt (all that is needed to go on) and, if the bound fell or
+    method.early_stopping is off, best.pt (the averaged weights); then show(averaged method) is called. A run that ends adds to best.pt its
+    bound over the whole split. -> the averaged method with its best weights, or None if the run was stopped."""
     if c.grad_accum % WORLD:
         raise SystemExit(f"grad_accum={c.grad_accum} is not a multiple of the {WORLD} processes")
     if WORLD > 1:
@@ -304,7 +304,7 @@ def fit(method, data, c, meta, show=None):
         rate = data.T * c.batch_size * c.grad_accum * at["count"] / spent
         say(f"step {at['step']} | loss {mean:.3f} | {report(e, method)} | {rate:,.0f} {method.unit}s/s")
         at["log"].append([at["step"], round(time.time() - begun, 1), mean, *(e[k] for k in LOG[3:7]), learning_rate(c, at["step"] - 1)])
-        if e["bound"] < at["best"]:
+        if e["bound"] < at["best"] or not method.early_stopping:
             at["best"] = e["bound"]
             save(out / "best.pt", {**keep, "step": at["step"], "ema": ema.state_dict()})
 
