@@ -67,11 +67,10 @@ class LevelDigits(Labelled, CodeDiffusion):
 
 def build(c, meta):
     """The method of a run: c its Mnist settings."""
-    side, K, r = 28 // c.patch, c.patch ** 2, RECIPES[c.recipe]
+    T, K, r = (28 // c.patch) ** 2, c.patch ** 2, RECIPES[c.recipe]
     predict, schedule, weight = c.predict or r["predict"], c.schedule or r["schedule"], c.weight or r["weight"]
     levels = predict == "levels"
-    around = [down * side + right for down in (-1, 0, 1) for right in (-1, 0, 1) if down or right]   # past an edge it is the next row's other end
-    net = Transformer(replace(c, block_size=side ** 2), Patches(K + DIGITS, side ** 2, c.n_embd), K * 256 if levels else K, offsets=around)
+    net = Transformer(replace(c, block_size=T), Patches(K + DIGITS, T, c.n_embd), K * 256 if levels else K)
     method = LevelDigits(net, torch.linspace(-1, 1, 256)[:, None], schedule, weight) if levels else Digits(net, predict, schedule, weight)
     method.drop_label = c.drop_label
     return method

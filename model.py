@@ -47,15 +47,15 @@ def remember(past, key, x, dim):
 
 
 class Neighbours(nn.Module):
-    """x_i + sum_d a_d x_{i+d} over offsets d, with a_d per channel, from zero.
+    """x_i + sum_d a_d x_{i-d} + b_d x_{i+d} for d = 1..reach, with a and b per channel, from zero; causal: without b.
 
     Attention has to learn from the rotations what "the character to the left" is; here each block is simply shown it. At 4 x 4 x 128 and
     1,000 steps this is worth .125 nats per character of the bound (LOG.md)."""
 
-    def __init__(self, n_embd, offsets):
+    def __init__(self, c, causal, reach=2):
         super().__init__()
-        self.offsets = offsets                                                        # ascending; the first is the farthest
-        self.mix = nn.Parameter(torch.zeros(len(offsets), n_embd))
+        self.offsets = [d for d in range(-reach, 0 if causal else reach + 1) if d]
+        self.mix = nn.Parameter(torch.zeros(len(self.offsets), c.n_embd))
 
     def forward(self, x, past=None):
         """(B, T, C) -> (B, T, C)"""
@@ -69,14 +69,14 @@ class Neighbours(nn.Module):
 class Block(nn.Module):
     """x + (1 + g) f((1 + s) norm(x) + b), f first attention, then the MLP; s, b, g come from the noise level."""
 
-    def __init__(self, c, causal, offsets):
+    def __init__(self, c, causal):
         super().__init__()
         self.n_head, self.causal = c.n_head, causal
         self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
         self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
         self.up = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
         self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
-        self.near1, self.near2 = Neighbours(c.n_embd, offsets), Neighbours(c.n_embd, offsets)
+        self.near1, self.near2 = Neighbours(c, causal), Neighbours(c, causal)
         self.drop = nn.Dropout(c.dropout)
 
     def attend(self, x, rope, past):
@@ -96,16 +96,14 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """c: n_layer, n_head, n_embd, block_size, dropout, time. inp: module, (B, T) or (B, T, K) -> (B, T, n_embd).
-    offsets: which neighbours a block is shown; a causal one only those before.
 
     Blocks and head start at zero output: an untrained network is uniform over its outputs, and each block is the identity.
     The noise level's projection starts at zero too and multiplies (1 + .): gating zero by zero would never train."""
 
-    def __init__(self, c, inp, n_out, causal=False, offsets=(-2, -1, 1, 2)):
+    def __init__(self, c, inp, n_out, causal=False):
         super().__init__()
         self.inp = inp
-        offsets = [d for d in offsets if d < 0 or not causal]
-        self.blocks = nn.ModuleList(Block(c, causal, offsets) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, causal) for _ in range(c.n_layer))
         self.head = nn.Linear(c.n_embd, n_out, bias=False)
         zero = [self.head, *(m for b in self.blocks for m in (b.out, b.down))]
         if c.time:

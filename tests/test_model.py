@@ -58,16 +58,15 @@ def test_attention_is_the_fused_kernel():
 
 def test_neighbours_against_the_sum():
     torch.manual_seed(0)
-    for offsets in ([-1, 1], [-2, -1], [-3, -2, 1], [-4, -3, -2, -1, 1, 2, 3, 4]):
-        m, x = model.Neighbours(16, offsets), torch.randn(2, 9, 16)
+    for causal, reach in ((False, 1), (True, 1), (False, 3)):
+        m, x = model.Neighbours(Masked(n_embd=16, n_head=2), causal, reach), torch.randn(2, 9, 16)
         assert torch.equal(m(x), x)                                 # nothing is mixed in before training
         nn.init.normal_(m.mix)
         y = x.clone()
-        for a, d in zip(m.mix, offsets, strict=True):
+        for a, d in zip(m.mix, m.offsets, strict=True):
             for i in range(9):
                 y[:, i] += a * x[:, i + d] if 0 <= i + d < 9 else 0
-        assert torch.allclose(m(x), y, atol=1e-5)
-    assert max(net(nn.Embedding(6, 16), causal=True).blocks[0].near1.offsets) < 0
+        assert torch.allclose(m(x), y, atol=1e-5) and (max(m.offsets) < 0) == causal
 
 
 def test_rotation_depends_on_the_distance_only(monkeypatch):
