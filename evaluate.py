@@ -253,27 +253,39 @@ def digit_row(title, m, floor, bits="", speed=""):
             f"{pm(m['recall'])} | {pm(m['near'])} | {shares} | {bits} | {speed} |")
 
 
+def digit_floor(real, n, seed):
+    """Print the head of the table and what n real digits, noise and blurred digits score. -> the Frechet distance of the real ones"""
+    train.reseed(seed)
+    some = torch.randperm(len(real.labels))[:n].to(DEVICE)
+    images, labels = real.sets[0][some], real.labels[some]
+    m = digit_metrics(images, labels, real.sets, itself=1)
+    floor = m["frechet"][0]
+    print(DIGITS_HEAD + "\n" + digit_row("real, from the training set", m, floor))
+    print(digit_row("noise, pixel by pixel as in real ones", digit_metrics(noise_like(real.sets[0], n), None, real.sets), floor))
+    print(digit_row("real, blurred", digit_metrics(blurred(images), labels, real.sets), floor), flush=True)
+    return floor
+
+
+def digit_sample(k, real, s):
+    """Pictures of s.digits digits, all ten in turn, by checkpoint k. -> (their metrics, pictures a second)"""
+    asked, begun = torch.arange(s.digits) % 10, time.time()
+    how = Picture(guidance=s.guidance, steps=s.digit_steps, sampler=s.sampler, td=s.td, seed=s.seed)
+    x = grey(many(k.method, asked, k.c, how)).to(DEVICE)
+    speed = f"{s.digits / (time.time() - begun):.1f}"
+    return digit_metrics(x, asked, real.sets), speed
+
+
 def digit_tables(checkpoints, s):
-    """Print what pictures by checkpoints are like, below as many real digits, noise and blurred digits."""
-    shown = []
+    """Print what pictures by checkpoints are like, below the floors of their data."""
+    shown, floor = None, 0
     for k in checkpoints:
         real = real_digits(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"])
-        images, n = real.sets[0], s.digits
-        if real not in shown:
-            train.reseed(s.seed)
-            some = torch.randperm(len(images))[:n].to(DEVICE)
-            floor = digit_metrics(images[some], real.labels[some], real.sets, itself=1)
-            print(DIGITS_HEAD + "\n" + digit_row("real, from the training set", floor, floor["frechet"][0]))
-            print(digit_row("noise, pixel by pixel as in real ones", digit_metrics(noise_like(images, n), None, real.sets), floor["frechet"][0]))
-            print(digit_row("real, blurred", digit_metrics(blurred(images[some]), real.labels[some], real.sets), floor["frechet"][0]), flush=True)
-            shown.append(real)
+        if real is not shown:
+            shown, floor = real, digit_floor(real, s.digits, s.seed)
         e = likelihood(k.method, patches(whole(real.data.val, 4), k.c.patch)) if s.bound else None
-        bits = f"{e['bound'] / math.log(2):.3f} ± {e['stderr'] / math.log(2):.3f} ± {e['mc'] / math.log(2):.3f} (noise)" if e else ""
-        asked, begun = torch.arange(n) % 10, time.time()
-        how = Picture(n=n, guidance=s.guidance, steps=s.digit_steps, sampler=s.sampler, td=s.td, seed=s.seed)
-        x = grey(many(k.method, asked, k.c, how)).to(DEVICE)
-        speed = f"{n / (time.time() - begun):.1f}"
-        print(digit_row(k.path, digit_metrics(x, asked, real.sets), floor["frechet"][0], bits, speed), flush=True)
+        bits = "{:.3f} ± {:.3f} ± {:.3f} (noise)".format(*(e[name] / math.log(2) for name in ("bound", "stderr", "mc"))) if e else ""
+        m, speed = digit_sample(k, real, s)
+        print(digit_row(k.path, m, floor, bits, speed), flush=True)
 
 
 def main(argv):

@@ -1,0 +1,42 @@
+"""Guidance, steps and samplers of one MNIST checkpoint, a row each; or only the tables that are named:
+
+    python results/digits.py --out=out/mnist --digits=1000
+    python results/digits.py guidance "a thousand steps" --digits=256
+
+A row is what `python evaluate.py --bound=False` prints with the row's settings."""
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from config import HERE, Evaluate, at_least, parse, run  # noqa: E402
+from evaluate import digit_floor, digit_row, digit_sample, open_checkpoint, real_digits, stamp  # noqa: E402
+
+TABLES = {
+    "guidance": [dict(guidance=g) for g in (0.0, 1.0, 1.5, 2.0, 4.0)],
+    "ancestral": [dict(guidance=g, sampler="ancestral") for g in (1.0, 2.0, 4.0)],
+    "10 steps": [dict(guidance=g, digit_steps=10, sampler=k) for k in ("ddim", "ancestral") for g in (1.0, 2.0, 4.0)],
+    "250 steps": [dict(guidance=g, digit_steps=250, sampler=k) for k in ("ddim", "ancestral") for g in (1.0, 2.0, 4.0)],
+    "a thousand steps": [dict(guidance=1.0, digit_steps=1000, sampler=k) for k in ("ddim", "ancestral")],
+    "asymmetric time": [dict(guidance=1.0, td=td, sampler=k) for k in ("ddim", "ancestral") for td in (.5, 1.0, 2.0)],
+}
+
+
+def main(argv):
+    s = parse([a for a in argv if a not in TABLES], Evaluate())
+    at_least(s, 10, "digits")
+    k = open_checkpoint(s.out or HERE / "out/mnist")
+    k.method.net.compile(dynamic=False)                                               # one shape of batch: twice as fast on a CPU
+    print(stamp() + "\n")
+    real = real_digits(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"])
+    floor = digit_floor(real, s.digits, s.seed)
+    for title in [a for a in argv if a in TABLES] or TABLES:
+        for row in TABLES[title]:
+            t = replace(s, **row)
+            m, speed = digit_sample(k, real, t)
+            print(digit_row(f"{title}: guidance {t.guidance:g}, {t.digit_steps} {t.sampler} steps" + f", td {t.td:g}" * bool(t.td),
+                            m, floor, "", speed), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
