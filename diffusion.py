@@ -336,13 +336,16 @@ class CodeDiffusion(GaussianDiffusion):
     """Of tokens 0..V-1 through their codes, the rows of a table (V, K): grey levels, bits or embeddings; a position holds N tokens.
 
     net(x, t): x (B, T, N K + extra) -> logits (B, T, N V): what the context says of each token. What z itself says of it is known exactly
-    and added (the analytic prior), so that an untrained network has the bound log V; xhat is the mean code, softmax(logits) C."""
+    and added (the analytic prior), so that an untrained network has the bound log V; xhat is the mean code, softmax(logits) C. With
+    selfcond the network is also shown an earlier xhat of its own, or zeros (Chen et al. 2022): in training for half the batches, then
+    always. A share `prompts` of the training examples have a clean beginning or a clean surrounding, which does not count."""
 
     early_stopping = True
 
-    def __init__(self, net, table, schedule="cosine", weight="ce", ends=(-13.3, 10.0)):
+    def __init__(self, net, table, schedule="cosine", weight="ce", ends=(-13.3, 10.0), selfcond=False, prior=True, prompts=0.0):
         super().__init__(net, "x0", schedule, weight, ends)
         self.register_buffer("table", table, persistent=False)
+        self.selfcond, self.prior, self.prompts = selfcond, prior, prompts
 
     def clean(self, x0):
         """Tokens (B, T, N) as codes (B, T, N K), float64."""
@@ -353,23 +356,73 @@ class CodeDiffusion(GaussianDiffusion):
         q, C = (z / scales(gamma)[0]).unflatten(2, (-1, self.table.size(1))), self.table.double()
         return (q @ C.T - C.square().sum(1) / 2) * (-gamma).exp()[..., None, None]
 
-    def logits(self, z, gamma, extra):
-        """log p(token | z, extra) (B, T, N, V), fp32, but for a constant."""
+    def logits(self, z, gamma, extra, before=None):
+        """log p(token | z, extra) (B, T, N, V), fp32, but for a constant; before (B, T, N K): an earlier xhat."""
+        if self.selfcond:
+            extra = torch.cat([torch.zeros_like(z) if before is None else before, extra], -1)
+        out = self.output(z, gamma, extra)
+        out = out.view(*z.shape[:2], -1, len(self.table))
+        if not self.prior:
+            return out
         told = self.told(z, gamma)
-        return told.sub_(told.amax(-1, keepdim=True)).float() + self.output(z, gamma, extra).view(told.shape)
+        return told.sub_(told.amax(-1, keepdim=True)).float() + out
+
+    def mean(self, logits):
+        """xhat (B, T, N K), float64, of logits (B, T, N, V): the mean code."""
+        return (logits.softmax(-1) @ self.table.float()).flatten(2).double()
 
     def denoise(self, z, gamma, extra):
-        """xhat (B, T, N K), float64."""
-        return (self.logits(z, gamma, extra).softmax(-1) @ self.table.float()).flatten(2).double()
+        """xhat (B, T, N K); with selfcond, of a second pass that is shown the xhat of a first at the same z."""
+        before = self.mean(self.logits(z, gamma, extra)) if self.selfcond else None
+        return self.mean(self.logits(z, gamma, extra, before))
 
     def forward(self, batch):
-        """Training loss of a batch (x0 (B, T, N), extra): ce, the mean cross-entropy of the tokens over t, which is no bound; else as above."""
-        if self.weight != "ce":
-            return super().forward(batch)
-        _, z, gamma, _ = self.noised(batch[0])
-        return F.cross_entropy(self.logits(z, gamma, batch[1]).flatten(0, 2), batch[0].flatten())
+        """Training loss of a batch (x0 (B, T, N), extra): ce, the mean cross-entropy of the tokens over t, which is no bound; or elbo, the
+        integral of the bound in nats per token. Known positions are clean and do not count."""
+        x0, extra = batch
+        x, z, gamma, slope = self.noised(x0)
+        known = clean_part(*x0.shape[:2], self.prompts, x0.device)                    # (B, T)
+        z, gamma = torch.where(known[..., None], x, z), torch.where(known, self.ends[0], gamma)
+        before = None
+        if self.selfcond and torch.rand(()) < .5:
+            with torch.no_grad():
+                before = self.mean(self.logits(z, gamma, extra))
+        logits, counts = self.logits(z, gamma, extra, before), ~known / (~known).sum() / x0.size(2)
+        if self.weight == "ce":
+            return (F.cross_entropy(logits.flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape).sum(2) * counts).sum()
+        return (counts * (-gamma).exp() * slope / 2 * (x - self.mean(logits)).square().sum(2)).sum().float()
 
     def reconstruction(self, x0, z):
         """-log p(x0 | z) in nats (B,) at gamma_0, by what z says alone."""
         told = self.told(z, z.new_tensor([self.ends[0]])).log_softmax(-1)
         return -told.flatten(0, 2).gather(1, x0.reshape(-1, 1)).view(len(x0), -1).sum(1)
+
+    @torch.no_grad()
+    def sample(self, x, known, s):
+        """Write tokens x (B, T, N) where they are not known (B, T), in s.steps steps; yields (tokens, probabilities), (B, T, N) each, after
+        every step: the likeliest of each, and how likely. z itself is never the result: at t = 0 it is no token.
+
+        The network is shown the xhat of the step before, or with s.twice of a first pass at the same z. Known positions are clean, as in
+        training, or with s.replace as noisy as the others, for a network that never saw a clean one. s.td: see GaussianDiffusion."""
+        codes, before = self.clean(x), None
+        eps, z, extra = torch.randn(2, *codes.shape, dtype=torch.float64).to(x.device).unbind(0) + (codes.new_zeros(*codes.shape[:2], 0),)
+        for i in range(s.steps, 0, -1):
+            (gamma, _), (to, _) = (self.gamma(z.new_full((len(z), 1), max(at / s.steps, 0))) for at in (i, i - 1 - s.td))
+            a, sd = scales(gamma)
+            z = torch.where(known[..., None], a * codes + sd * eps if s.replace else codes, z)
+            level = gamma.expand(known.shape) if s.replace else torch.where(known, self.ends[0], gamma)
+            if s.twice:
+                before = self.mean(self.logits(z, level, extra))
+            logits = self.logits(z, level, extra, before)
+            before = self.mean(logits)
+            p, token = logits.softmax(-1).max(-1)                                     # (B, T, N)
+            z = self.step(z, before, gamma, to, s)
+            yield torch.where(known[..., None], x, token), torch.where(known[..., None], 1., p)
+
+
+def clean_part(B, T, share, device):
+    """Positions (B, T) that are known: in half a share of the rows a beginning of any length, in the other half all but a span. Never all."""
+    length, place, row = torch.rand(3, B, 1, device=device)
+    length, at = (length * T).long(), torch.arange(T, device=device)                  # 0 .. T - 1
+    start = (place * (T - length)).long()
+    return torch.where(row < share / 2, at < length, (at < start) | (at > start + length)) & (row < share)

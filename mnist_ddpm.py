@@ -57,7 +57,8 @@ class LevelDigits(Labelled, CodeDiffusion):
     """The network predicts the probability of each grey level of each pixel: a network whose output is one number cannot tell
     level 200 from 201 once the noise is as fine as that, which costs the bound a bit."""
 
-    levels = 2   # draws per image when the whole split is evaluated: one costs as much as five of the others
+    sample = GaussianDiffusion.sample   # numbers, not tokens
+    levels = 2                          # draws per image when the whole split is evaluated: one costs as much as five of the others
 
     def told(self, z, gamma):
         """As above, 3x faster: with one number a code the differences themselves fit, and fp32 holds them."""

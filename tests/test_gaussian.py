@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import ALPHA_BAR, XHAT, CodeDiffusion, GaussianDiffusion, scales
+from diffusion import ALPHA_BAR, XHAT, CodeDiffusion, GaussianDiffusion, clean_part, scales
 from mnist_ddpm import LevelDigits
 from train import evaluate
 
@@ -347,6 +347,9 @@ def test_the_draws_of_a_row_do_not_depend_on_the_batch():
 
 # ---- tokens through codes
 
+PLAIN = dict(sampler="ddim", td=0, twice=False, replace=False)
+
+
 class Says(nn.Module):
     """A network that says the same logits (n,) at every position; fed nothing but what CodeDiffusion feeds."""
 
@@ -393,9 +396,10 @@ def test_an_oracle_returns_the_tokens_and_its_bound_is_the_prior_kl():
     a, s = (v.item() for v in scales(torch.tensor([[5.]]).double()))
     kl = (a ** 2 + 16 * (s ** 2 - 1 - 2 * math.log(s))) / 2                           # |C| = 1, 16 dimensions
     assert torch.allclose(nats, torch.full_like(nats, kl), atol=1e-6)
-    for steps in (1, 2, 7):
-        *_, (y, _) = m.sample(torch.randn(4, 9, 16), torch.zeros(4, 9, 0), sampler(steps=steps))
-        assert torch.allclose(y, table[x0[:, :, 0]].double(), atol=1e-6)
+    nothing = torch.zeros(4, 9, dtype=torch.bool)
+    for s in (sampler(steps=1, **PLAIN), sampler(steps=7, **PLAIN), sampler(steps=5, **PLAIN | {"sampler": "ancestral"})):
+        *_, (y, p) = m.sample(torch.zeros_like(x0), nothing, s)
+        assert torch.equal(y, x0) and (p == 1).all()
 
 
 def test_what_z_says_is_bayes_rule_and_grey_levels_take_the_short_way():
@@ -416,5 +420,95 @@ def test_ce_is_the_cross_entropy_of_the_tokens():
     m, x0 = CodeDiffusion(Says(torch.zeros(54)), TABLES["unit"], ends=(8., 9.)), torch.randint(27, (64, 10, 2))
     assert m((x0, torch.zeros(64, 10, 0))).item() == pytest.approx(math.log(27), abs=.05)     # all but noise: nothing is told
     elbo = CodeDiffusion(Says(torch.zeros(54)), TABLES["unit"], weight="elbo", ends=(-6., 8.))
-    nats = 16 * sum(elbo((x0, torch.zeros(64, 10, 0))).item() for _ in range(40)) / 40
+    nats = sum(elbo((x0, torch.zeros(64, 10, 0))).item() for _ in range(40)) / 40
     assert nats == pytest.approx(math.log(27), abs=.15)
+
+
+class Context(nn.Module):
+    """A small network with parameters: two layers over the window, so that positions see each other."""
+
+    def __init__(self, width, n_out, T):
+        super().__init__()
+        self.a, self.b, self.t = nn.Linear(width * T, 32), nn.Linear(32, n_out * T), nn.Linear(T, 32)
+
+    def forward(self, x, t):
+        h = (self.a(x.flatten(1)) + self.t(t.expand(len(x), x.size(1)))).tanh()
+        return self.b(h).view(*x.shape[:2], -1)
+
+
+def test_clean_parts():
+    torch.manual_seed(0)
+    known = clean_part(20_000, 12, .6, "cpu")
+    rows = known.any(1)
+    assert not known.all(1).any() and .5 < rows.float().mean() < .6                   # some beginnings have length 0
+    blank, change = ~known, known.diff(dim=1).sum(1)
+    assert (change <= 2).all() and (blank.any(1)).all()
+    first = known & (known.long().cumprod(1) == 1)
+    assert ((known == first).all(1)[rows]).float().mean() > .5                        # beginnings, and spans that reach the end
+    assert not clean_part(100, 12, 0, "cpu").any()
+
+
+def test_self_conditioning_sees_its_own_estimate_and_never_x0():
+    """The bound of a self-conditioned network is what two passes by hand give; nothing but z reaches either."""
+    torch.manual_seed(0)
+    table, seen = TABLES["unit"], []
+    m = CodeDiffusion(Context(32, 27, 5), table, ends=(-6., 8.), selfcond=True)
+    m.net.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    x0 = torch.randint(27, (3, 5, 1))
+    u = torch.tensor([.2, .5, .9])
+    nats, _ = m.bound(x0, u, [0, 1, 2])
+    first, second = seen
+    assert (first[..., 16:] == 0).all() and torch.equal(first[..., :16], second[..., :16])
+    gamma = -6 + 14 * u.double()[:, None]
+    xhat = m.mean(m.net(first, u[:, None]).unsqueeze(2) + m.told(first[..., :16].double(), gamma).float())
+    assert torch.allclose(second[..., 16:].double(), xhat, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient_with_self_conditioning():
+    for seed in range(4):                                                             # both sides of the coin
+        torch.manual_seed(seed)
+        m = CodeDiffusion(Context(32, 27, 5), TABLES["unit"], selfcond=True, prompts=.5, ends=(-6., 8.))
+        m((torch.randint(27, (8, 5, 1)), torch.zeros(8, 5, 0))).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in m.parameters())
+
+
+@pytest.mark.parametrize("weight", ["ce", "elbo"])
+def test_only_unknown_tokens_count_and_known_ones_are_shown_clean(weight, monkeypatch):
+    torch.manual_seed(0)
+    table, seen = TABLES["unit"], []
+    m = CodeDiffusion(Context(16, 27, 6), table, weight=weight, ends=(-6., 8.))
+    known = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 1, 1], [0] * 6]).bool()
+    monkeypatch.setattr("diffusion.clean_part", lambda *_: known)
+    m.net.register_forward_pre_hook(lambda _, args: seen.append(args))
+    x0 = torch.randint(27, (3, 6, 1))
+    grads = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        m.zero_grad()
+        m((x0, torch.zeros(3, 6, 0))).backward()
+        grads.append(m.net.b.bias.grad.view(6, 27).clone())
+    x, t = seen[0]
+    assert torch.allclose(x[known], table[x0[:, :, 0]][known]) and (t[known] == 0).all() and (t[~known] > 0).any()
+    assert grads[0].abs().sum(1)[0] > 0 and torch.equal(*grads)
+    m.net.b.weight.data.zero_(), m.net.b.bias.data.zero_()
+    silent = CodeDiffusion(Context(16, 27, 6), table, weight="ce", ends=(8., 9.))
+    silent.net.b.weight.data.zero_(), silent.net.b.bias.data.zero_()
+    assert silent((x0, torch.zeros(3, 6, 0))).item() == pytest.approx(math.log(27), abs=.1)   # a mean over what is unknown alone
+
+
+@pytest.mark.parametrize("how", [{}, {"replace": True}, {"twice": True}, {"sampler": "ancestral", "td": 1}])
+def test_prompts_stay_and_replacement_is_noised_correctly(how):
+    torch.manual_seed(0)
+    m, seen = CodeDiffusion(Context(32, 27, 200), TABLES["unit"], selfcond=True, ends=(-6., 8.)), []
+    m.net.register_forward_pre_hook(lambda _, args: seen.append(args))
+    x, known = torch.randint(27, (20, 200, 1)), torch.rand(20, 200) < .5
+    frames = list(m.sample(x, known, sampler(**PLAIN | {"steps": 4} | how)))
+    assert len(frames) == 4 and len(seen) == 4 * (1 + how.get("twice", False))
+    assert all(torch.equal(y[known], x[known]) and (p[known] == 1).all() and (p > 0).all() for y, p in frames)
+    z, t = seen[0][0][..., :16], seen[0][1].expand(20, 200)
+    codes = m.table[x[..., 0]]
+    if how.get("replace"):
+        a, s = (v.item() for v in scales(torch.tensor([[8.]]).double()))
+        assert (t == 1).all() and ((z - a * codes)[known].std().item() == pytest.approx(s, rel=.02))
+    else:
+        assert torch.allclose(z[known], codes[known]) and (t[known] == 0).all() and (t[~known] == 1).all()
