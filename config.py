@@ -112,6 +112,23 @@ class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
 
 
 @dataclass(frozen=True)
+class Bits(Config):   # analog_bits.py: Gaussian diffusion over the bits of characters
+    code: Literal["index", "bytes", "random"] = "index"    # bits of: the place in the alphabet, UTF-8 bytes, or a code drawn for each
+    head: Literal["softmax", "bits"] = "softmax"           # probabilities of the characters, or of each bit alone
+    schedule: Literal["linear", "cosine", "sqrt"] = "cosine"
+    weight: Literal["ce", "elbo"] = "ce"                   # of the training loss: cross-entropy, no bound; or the bound
+    selfcond: bool = True          # show the network its own earlier guess
+    prior: bool = True             # add to its logits what the noisy bits themselves say
+    prompts: float = 0.25          # share of the training windows that have a clean part, for prompts and blanks
+    time: bool = True              # feed the network the noise level
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.prompts < 1:
+            raise SystemExit(f"prompts={self.prompts} is a share, below 1")
+
+
+@dataclass(frozen=True)
 class Sampler:   # how a trained model writes; shared by generate.py and evaluate.py
     steps: int = 256               # network calls per block, at most
     order: Literal["random", "confidence", "margin", "entropy"] = "entropy"            # which masked character next
@@ -167,6 +184,27 @@ class Picture:   # mnist_ddpm.py sample: which digits, and how they are made
         at_least(self, 0, "guidance", "td", "seed")
         if not -1 <= self.digit <= 9 or self.n > 10 ** 6:
             raise SystemExit(f"digit={self.digit}, n={self.n}: a digit is 0 to 9 (-1: all), a million pictures are the most")
+
+
+@dataclass(frozen=True)
+class CodeSampler:   # analog_bits.py sample: how text is made from noise
+    out: str = ""                  # folder of a run or a checkpoint; empty: the folder that training wrote
+    prompt: str = ""               # {12} is a blank of 12 characters, \n a new line, {{ a brace
+    length: int = 0                # characters in all; 0: the prompt if it has blanks, else one block
+    n: int = 1                     # texts
+    steps: int = 50                # network calls (twice as many passes with twice)
+    sampler: Literal["ddim", "ancestral"] = "ancestral"
+    td: float = 0.0                # take the state so many steps further than its label says (asymmetric time intervals)
+    twice: bool = False            # the guess shown to the network is of a first pass at the same step, not of the step before
+    replace: bool = False          # prompts as noisy as the rest, for networks trained without clean parts (prompts=0)
+    watch: bool = False            # the text out of the noise, live in the terminal
+    seed: int = 1337
+
+    def __post_init__(self):
+        at_least(self, 1, "n", "steps")
+        at_least(self, 0, "length", "td", "seed")
+        if max(self.length, self.n) > 10 ** 6:
+            raise SystemExit(f"length={self.length}, n={self.n}: a million is the most")
 
 
 @dataclass(frozen=True)

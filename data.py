@@ -179,16 +179,20 @@ class Alphabet:
 
 
 class Text:
-    """A corpus on the device, a byte or two a character: .batch(n) for training, .val (W, T) for the bound."""
+    """A corpus on the device, a byte or two a character: .batch(n) for training, .val (W, T) for the bound. raw: a character is a byte
+    of its UTF-8."""
 
-    def __init__(self, c):
+    def __init__(self, c, raw=False):
         text, self.name, self.warning = read(c.dataset, Path(c.data_dir or HERE / "data"))
+        sha256, raw = hashlib.sha256(text.encode()).hexdigest(), raw or self.name == "enwik8"
+        if raw and self.name != "enwik8":
+            text = text.encode().decode("latin-1")
         need = 20 * c.block_size
         if len(text) < need:
             raise SystemExit(f"{self.name} has {len(text):,} characters; training with block_size={c.block_size} needs {need:,}")
         if 0 < c.train_size < c.block_size:
             raise SystemExit(f"train_size={c.train_size} is less than one block_size={c.block_size}")
-        self.alphabet = Alphabet("".join(sorted(set(text))), raw=self.name == "enwik8")
+        self.alphabet = Alphabet("".join(sorted(set(text))), raw)
         if len(self.alphabet) > 30_000:
             raise SystemExit(f"{self.name} has {len(self.alphabet):,} different characters; 30,000 is the most")
         self.T = c.block_size
@@ -197,7 +201,7 @@ class Text:
         val = ids[end:-5_000_000] if self.name in ("text8", "enwik8") else ids[end:]
         self.train = ids[:end][:c.train_size or end].to(DEVICE)
         self.val = val[:len(val) // self.T * self.T].view(-1, self.T).to(DEVICE)   # (W, T); less than one window is left over
-        self.meta = {"alphabet": self.alphabet.chars, "data": {"name": self.name, "sha256": hashlib.sha256(text.encode()).hexdigest()}}
+        self.meta = {"alphabet": self.alphabet.chars, "data": {"name": self.name, "sha256": sha256}}
 
     def __str__(self):
         return f"{self.name}: {len(self.train):,} characters to train, {self.val.numel():,} to validate, {len(self.alphabet)} different"

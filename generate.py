@@ -105,6 +105,21 @@ def blink(start, end, seconds, writing=.75):
             f'keyTimes="{";".join(f"{t:.4f}" for t, _ in at)}" values="{";".join(str(v) for _, v in at)}"/>')
 
 
+def show(method, alphabet, s, T):
+    """Write s.n texts as s says and print them, or let them be watched. -> (all frames of (x, confidence), which of L are known)"""
+    ids, known = plan(alphabet, s, T)
+    reseed(s.seed)
+    begun, frames = time.time(), write(method, ids, known, T, s)
+    frames = watch(frames, alphabet) if s.watch else list(frames)
+    took = time.time() - begun
+    frames = frames or [(ids.repeat(s.n, 1), known.float().repeat(s.n, 1))]           # where nothing was left to write
+    x, sure = frames[-1]
+    if not (s.watch and COLOR):
+        print("\n\n".join(alphabet.paint(i, p, COLOR) for i, p in zip(x.tolist(), sure.tolist(), strict=True)))
+    print(f"{len(frames)} network calls, {took:.1f} s, {s.n * int((~known).sum()) / took:,.0f} characters/s", file=sys.stderr)
+    return frames, known
+
+
 def main(argv):
     s = parse(argv, Sample())
     path = s.out or newest()
@@ -112,21 +127,14 @@ def main(argv):
     alphabet = Alphabet(meta["alphabet"], raw=meta["data"]["name"] == "enwik8")
     method = build(c, meta).to(DEVICE).eval()
     method.load_state_dict(weights)
-    ids, known = plan(alphabet, s, c.block_size)
+    _, known = plan(alphabet, s, c.block_size)
     blank = (~known).nonzero()
     if name == "ar" and len(blank) and known[int(blank[0]):].any():
         raise SystemExit("the autoregressive twin writes from left to right: it cannot use the text after a blank; use a masked checkpoint")
     print(f"{path}: {name}, trained on {meta['data']['name']} for {meta['step']:,} steps", file=sys.stderr)
-    reseed(s.seed)
-    begun, frames = time.time(), write(method, ids, known, c.block_size, s)
-    frames = watch(frames, alphabet) if s.watch else list(frames)
-    took = time.time() - begun
-    x, sure = frames[-1] if frames else (ids.repeat(s.n, 1), known.float().repeat(s.n, 1))
-    if not (s.watch and COLOR):
-        print("\n\n".join(alphabet.paint(i, p, COLOR) for i, p in zip(x.tolist(), sure.tolist(), strict=True)))
-    print(f"{len(frames)} network calls, {took:.1f} s, {s.n * int((~known).sum()) / took:,.0f} characters/s", file=sys.stderr)
+    frames, known = show(method, alphabet, s, c.block_size)
     if s.svg:
-        Path(s.svg).write_text(draw(frames or [(x, sure)], known, alphabet), encoding="utf-8")
+        Path(s.svg).write_text(draw(frames, known, alphabet), encoding="utf-8")
         print(f"wrote {s.svg}", file=sys.stderr)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from config import AMP, COLOR, DEVICE, GPU, HERE, Masked, Mnist, Sample, parse, run
+from config import AMP, COLOR, DEVICE, GPU, HERE, Bits, Masked, Mnist, Sample, parse, run
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
 from model import Transformer
@@ -29,10 +29,12 @@ from model import Transformer
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
 FIRST = 100   # the first report comes at this step, before anything is compiled
 LOG = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]   # log.csv: losses in nats, bits per character
-CONFIGS = {"masked": Masked, "ar": Masked, "mnist": Mnist}
-SCRIPTS = {"masked": "train.py", "ar": "train.py", "mnist": "mnist_ddpm.py"}
-SAMPLERS = {"masked": "generate.py", "ar": "generate.py", "mnist": "mnist_ddpm.py sample"}
-BAKED = ("objective", "recipe", "predict", "patch", "train_size", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer")   # for good
+CONFIGS = {"masked": Masked, "ar": Masked, "mnist": Mnist, "bits": Bits}
+SCRIPTS = {"masked": "train.py", "ar": "train.py", "mnist": "mnist_ddpm.py", "bits": "analog_bits.py"}
+SAMPLERS = {"masked": "generate.py", "ar": "generate.py", "mnist": "mnist_ddpm.py sample",
+            "bits": "analog_bits.py sample"}
+BAKED = ("objective", "recipe", "predict", "patch", "train_size", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer",
+         "code", "head", "selfcond", "prior")   # for good
 
 
 def build(c, meta):

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 ARROWS = {"config": set(), "diffusion": set(), "model": {"config"}, "data": {"config"}, "train": {"config", "model", "diffusion", "data"},
           "generate": {"config", "data", "train"}, "bench": {"config", "model", "diffusion", "data", "train"},
           "mnist_ddpm": {"config", "model", "diffusion", "data", "train"}, "metrics": {"config"},
+          "analog_bits": {"config", "model", "diffusion", "data", "train", "generate"},
           "evaluate": {"config", "data", "train", "generate", "mnist_ddpm", "metrics"}}
 SETTINGS = {"train.py": config.Masked, "generate.py": config.Sample, "evaluate.py": config.Evaluate, "bench.py": config.Masked}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
