@@ -1,0 +1,123 @@
+"""analog_bits.py: every code there and back, per-bit and factorised heads against each other, the script as it is typed."""
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import analog_bits
+from analog_bits import Characters, LoneBits, bits, build, table, unbits
+from config import Bits, CodeSampler
+from data import Alphabet
+from train import evaluate, reseed
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60",
+        "--train_size=20000"]
+
+
+def test_every_code_there_and_back():
+    for width in (1, 6, 8, 13):
+        every = torch.arange(2 ** width)
+        x = bits(every, width)
+        assert torch.equal(unbits(x), every) and set(x.flatten().tolist()) == {-1.0, 1.0}
+        assert torch.equal(unbits(x + torch.empty_like(x).uniform_(-.99, .99)), every)
+
+
+@pytest.mark.parametrize("code", ["index", "bytes", "random"])
+@pytest.mark.parametrize("chars", ["ab", "\n !abcdefgh", "".join(map(chr, range(256)))])
+def test_tables_have_a_row_for_each_character_and_no_two_alike(code, chars):
+    C = table(code, Alphabet(chars, raw=True))
+    assert C.shape == (len(chars), 8 if code == "bytes" else max(1, math.ceil(math.log2(len(chars)))))
+    assert len({tuple(row) for row in C.tolist()}) == len(chars) and torch.equal(C, table(code, Alphabet(chars, raw=True)))
+    if code == "bytes":
+        assert "".join(map(chr, unbits(C).tolist())) == chars
+
+
+def test_bytes_that_are_no_utf8_are_shown_not_raised():
+    alphabet = Alphabet("".join(map(chr, range(256))), raw=True)
+    ids = torch.tensor(list("Наташа é".encode()))
+    assert alphabet.decode(ids.tolist()) == "Наташа é"
+    assert alphabet.decode([0xC3, 0x28, 0xFF, 0x41]) == "\ufffd(\ufffdA"
+
+
+def tiny(**k):
+    return Bits(**{"block_size": 12, "n_layer": 1, "n_head": 1, "n_embd": 16, **k})
+
+
+@pytest.mark.parametrize("head,truth", [("softmax", math.log(8)), ("bits", math.log(8))])
+def test_an_untrained_network_has_the_bound_log_V(head, truth):
+    """8 characters, 3 bits: log 8 over the alphabet and over all codes alike."""
+    m = build(tiny(head=head), {"alphabet": "abcdefgh"}).eval()
+    x0 = torch.randint(8, (800, 12), generator=torch.Generator().manual_seed(0))
+    e = evaluate(m, x0, 8)
+    assert e["bound"] == pytest.approx(truth, abs=4 * e["stderr"] + .01)
+    assert build(tiny(head="bits"), {"alphabet": "abcde"}).bound(x0[:2] % 5, torch.tensor([.3, .6]), [0, 1])[0].shape == (2,)
+
+
+def test_factorised_and_lone_bits_see_the_same_noise():
+    """With what z says alone, the mean code over all 2^K codes is that of the bits one by one, so the bounds agree draw by draw."""
+    c, x0 = tiny(), torch.randint(8, (20, 12))
+    a, b = (build(tiny(head=h), {"alphabet": "abcdefgh"}).eval() for h in ("softmax", "bits"))
+    u = torch.rand(20)
+    assert c.selfcond and torch.allclose(a.bound(x0, u, range(20))[0], b.bound(x0, u, range(20))[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [Characters, LoneBits])
+def test_oracles_write_their_text(cls):
+    codes, x0, c = table("index", Alphabet("abcde")), torch.randint(5, (3, 9)), tiny(selfcond=False)
+
+    class Oracle(nn.Module):
+        def forward(self, x, t):
+            one_hot = nn.functional.one_hot(x0, 5) if cls is Characters else nn.functional.one_hot((codes[x0] > 0).long(), 2).flatten(2)
+            return 1e4 * one_hot.float()
+
+    m = cls(Oracle(), codes, c)
+    for sampler in ("ddim", "ancestral"):
+        *_, (y, p) = m.sample(torch.full_like(x0, 5), torch.zeros(3, 9) > 0, CodeSampler(steps=3, sampler=sampler, td=1))
+        assert torch.equal(y, x0) and (p == 1).all()
+    e = m.bound(x0, torch.rand(3), [0, 1, 2])[0]
+    a2, s2 = torch.sigmoid(torch.tensor([-8.0, 8.0]).double())
+    assert torch.allclose(e, (3 * (a2 + s2 - 1 - s2.log()) / 2).expand(3), atol=1e-6)
+
+
+def test_every_parameter_gets_a_gradient():
+    for k in ({}, {"head": "bits"}, {"weight": "elbo", "schedule": "sqrt"}, {"selfcond": False, "prior": False}):
+        reseed(0)
+        m = build(tiny(**k), {"alphabet": "abcdefg"})
+        for p in m.parameters():
+            nn.init.normal_(p, std=.1)
+        loss = m(torch.randint(7, (16, 12)))
+        loss.backward()
+        assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in m.parameters()), k
+
+
+def run(*args, code=0, **env):
+    r = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **env}, timeout=300)
+    assert r.returncode == code, r.stderr
+    return r
+
+
+def test_train_sample_resume_and_the_wrong_script(tmp_path):
+    out = f"--out={tmp_path}/bits"
+    r = run("analog_bits.py", *TINY, out)
+    assert "nats/char" in r.stdout and "a bound" in r.stdout and "masked CE" not in r.stdout and "done: python analog_bits.py sample" in r.stdout
+    r = run("analog_bits.py", "sample", out, "--prompt=The {5} is", "--n=2", "--steps=3", "--td=1", "--sampler=ddim")
+    assert r.stdout.count("The ") == 2 and r.stdout.count(" is") >= 2 and "3 network calls" in r.stderr
+    assert len(run("analog_bits.py", "sample", out, "--length=70", "--steps=2", "--twice", "--watch").stdout) >= 70
+    assert "is finished, at step 120" in run("analog_bits.py", "--resume", out, code=1).stderr
+    assert "is a bits checkpoint: python analog_bits.py sample --out=" in run("generate.py", out, code=1).stderr
+    assert "which cannot change" in run("analog_bits.py", "--resume", out, "--code=bytes", code=1).stderr
+    assert "one of index, bytes, random" in run("analog_bits.py", "--code=gray", code=1).stderr
+    assert "no checkpoint at" in run("analog_bits.py", "sample", f"--out={tmp_path}/none", code=1).stderr
+
+
+def test_bytes_of_a_text_that_is_not_ascii(tmp_path):
+    (tmp_path / "t.txt").write_text("Война и мир. " * 400, encoding="utf-8")
+    analog_bits.train([*TINY[1:], f"--dataset={tmp_path}/t.txt", "--code=bytes", "--max_iters=3", "--eval_interval=3", f"--out={tmp_path}/b"])
+    r = run("analog_bits.py", "sample", f"--out={tmp_path}/b", "--prompt=Война{9}", "--steps=2")
+    assert r.stdout.startswith("Война")
