@@ -170,7 +170,7 @@ class Picture:   # mnist_ddpm.py sample: which digits, and how they are made
     out: str = ""                  # folder of a run or a checkpoint; empty: out/mnist
     n: int = 64
     digit: int = -1                # 0 to 9; -1: all in turn
-    guidance: float = 2.0          # 1: as trained with labels, 0: without; above 1 exaggerates the label
+    guidance: float = 1.5          # 1: as trained with labels, 0: without; above 1 exaggerates the label
     steps: int = 50
     sampler: Literal["ddim", "ancestral"] = "ddim"
     td: float = 0.0                # take the state so many steps further than its label says (asymmetric time intervals)
@@ -217,15 +217,16 @@ class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of eac
     exact: int = 200               # with bound: windows for the exact left-to-right likelihood of a masked model; 0: none
     n: int = 200                   # blocks to sample, and held-out blocks to infill; 0: none
     digits: int = 10000 if GPU else 1000                   # pictures to sample; 0: none
-    digit_steps: int = 50          # of pictures: network calls, guidance and so on, as in Picture
-    guidance: float = 2.0
+    gaussian_steps: int = 50       # bits and pixels: how they are sampled, as in Picture and CodeSampler
+    guidance: float = Picture.guidance
     sampler: Literal["ddim", "ancestral"] = "ddim"
     td: float = 0.0
+    twice: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 0, "exact", "n", "digits", "guidance", "td")
-        at_least(self, 1, "digit_steps")
+        at_least(self, 1, "gaussian_steps")
         if 1 in (self.n, self.exact) or 0 < self.digits < 10:
             raise SystemExit("n and exact must be 0, or 2 and more: one has no error; digits 0, or 10 and more: one of each")
 

@@ -20,15 +20,16 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+import analog_bits
 import mnist_ddpm
 import train
-from config import AMP, DEVICE, GPU, HERE, Evaluate, Masked, Mnist, Picture, Sampler, parse, run
+from config import AMP, DEVICE, GPU, HERE, CodeSampler, Evaluate, Masked, Mnist, Picture, Sampler, parse, run
 from data import Images, Text, patches, whole
 from generate import newest
 from metrics import Reader, blurred, digit_metrics, mean, noise_like, read, text_metrics, train_reader, vocabulary
 from mnist_ddpm import grey, many
 
-BUILD = {"masked": train.build, "ar": train.build, "mnist": mnist_ddpm.build}
+BUILD = {"masked": train.build, "ar": train.build, "bits": analog_bits.build, "mnist": mnist_ddpm.build}
 SPAN = 16   # characters of a held-out block that are infilled, in its middle
 
 
@@ -55,9 +56,9 @@ def open_checkpoint(path):
 
 
 @functools.cache
-def text(name, data_dir, block_size, train_size):
+def text(name, data_dir, block_size, train_size, raw):
     """A corpus in windows of block_size, read once; with .source, the training part as a str, and .words, the words it has."""
-    data = Text(Masked(dataset=name, data_dir=data_dir, block_size=block_size, train_size=train_size))
+    data = Text(Masked(dataset=name, data_dir=data_dir, block_size=block_size, train_size=train_size), raw)
     data.source = data.alphabet.decode(data.train[:10 ** 7].tolist())     # of text8 and enwik8 a ninth: it is searched again and again
     data.words = vocabulary(data.source)
     return data
@@ -68,7 +69,8 @@ def corpus(checkpoint, s):
     name, sha256 = checkpoint.meta["data"].values()
     if name.startswith("file ") and not s.dataset:
         raise SystemExit(f"{checkpoint.path} was trained on the {name}: pass its path, --dataset=PATH")
-    data = text(s.dataset if name.startswith("file ") else name, s.data_dir, checkpoint.c.block_size, checkpoint.c.train_size)
+    c = checkpoint.c
+    data = text(s.dataset if name.startswith("file ") else name, s.data_dir, c.block_size, c.train_size, getattr(c, "code", "") == "bytes")
     if data.meta["data"]["sha256"] != sha256:
         raise SystemExit(f"{checkpoint.path} was trained on another {name} than this {data.name}")
     return data
@@ -104,9 +106,9 @@ def left_to_right(method, x0):
 
 def likelihood_tables(checkpoints, s):
     """Print the bounds and what belongs to them for checkpoints, each compared window by window with the first."""
-    print("| checkpoint | method | parameters | steps | block | bound, nats/char | ± text | ± masks | bits/char | minus the first | masked CE "
+    print("| checkpoint | method | parameters | steps | block | bound, nats/char | ± text | ± draws | bits/char | minus the first | masked CE "
           "| left to right (windows) | minus its bound there |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
-    first, buckets = None, []
+    first, buckets = None, {}
     for k in checkpoints:
         data = corpus(k, s)
         e = likelihood(k.method, data.val)
@@ -124,11 +126,12 @@ def likelihood_tables(checkpoints, s):
         size = sum(p.numel() for p in k.method.parameters())
         print(f"| {k.path} | {k.name} | {size:,} | {k.meta['step']:,} | {data.T} | {e['bound']:.4f} | {e['stderr']:.4f} | "
               f"{'exact' if exact else format(e['mc'], '.4f')} | {e['bound'] / math.log(2):.3f} | {minus} | "
-              f"{'' if exact else format(e['masked_ce'], '.3f')} | {ltr} | {ltr_gap} |", flush=True)
-        buckets += [] if exact else [f"| {k.path} | " + " | ".join(f"{b:.3f}" for b in e["buckets"]) + " |"]
-    if buckets:
-        print("\n| cross-entropy where masked are | 0-20% | 20-40% | 40-60% | 60-80% | 80-100% |\n|---|---:|---:|---:|---:|---:|")
-        print("\n".join(buckets))
+              f"{'' if math.isnan(e['masked_ce']) or exact else format(e['masked_ce'], '.3f')} | {ltr} | {ltr_gap} |", flush=True)
+        if not exact:
+            buckets.setdefault(k.method.noise, []).append(f"| {k.path} | " + " | ".join(f"{b:.3f}" for b in e["buckets"]) + " |")
+    for noise, rows in buckets.items():
+        print(f"\n| nats by {noise} | 0-20% | 20-40% | 40-60% | 60-80% | 80-100% |\n|---|---:|---:|---:|---:|---:|")
+        print("\n".join(rows))
 
 
 # ---- samples
@@ -145,19 +148,28 @@ def written(method, x, known, s):
     """The sampler's result x (B, T), network calls a text needed on average, and seconds."""
     train.reseed(s.seed)
     begun, calls, open_ = time.time(), 0., torch.ones(len(x), dtype=torch.bool, device=x.device)
+    masks = isinstance(s, Sampler)                                                    # else every text takes every step
     for y, _ in method.sample(x, known, s):                                           # noqa: B007
-        calls += open_.double().mean().item()
+        calls += open_.double().mean().item() if masks else 1 + s.twice
         open_ = (y == method.mask).any(1)
     return y, calls, time.time() - begun
 
 
+def sampler(checkpoint, s):
+    """How a checkpoint of its kind is sampled."""
+    if checkpoint.name != "bits":
+        return s
+    return CodeSampler(steps=s.gaussian_steps, sampler=s.sampler, td=s.td, twice=s.twice, seed=s.seed)
+
+
 def infilling(checkpoint, val):
-    """Share of the characters of a held-out span of SPAN that are found, greedily, the most certain first, one a call; the twin sees
-    only what is left of it. No sampler setting touches it. -> (mean, standard error over blocks)"""
+    """Share of the characters of a held-out span of SPAN that are found, greedily, the most certain first, one a call, bits in 50 DDIM
+    steps; the twin sees only what is left of it. No sampler setting touches it. -> (mean, standard error over blocks)"""
     x, T = val.long(), val.size(1)
     span = torch.zeros(T, dtype=torch.bool, device=x.device)
     span[max(0, T - SPAN) // 2:][:SPAN] = True
-    y, *_ = written(checkpoint.method, x, ~span.expand_as(x), Sampler(steps=SPAN, order="entropy", temperature=0.0, remask=0.0))
+    greedy = CodeSampler(sampler="ddim") if checkpoint.name == "bits" else Sampler(steps=SPAN, order="entropy", temperature=0.0, remask=0.0)
+    y, *_ = written(checkpoint.method, x, ~span.expand_as(x), greedy)
     return mean([(n, span.sum().item()) for n in ((y == x) & span).sum(1).tolist()])
 
 
@@ -196,7 +208,7 @@ def sample(checkpoint, n, s):
     """n blocks written from nothing by the sampler s. -> (x (n, T), network calls, characters a second)"""
     T = checkpoint.c.block_size
     nothing = torch.zeros(n, T, dtype=torch.long, device=DEVICE)
-    x, calls, seconds = written(checkpoint.method, nothing, nothing > 0, s)
+    x, calls, seconds = written(checkpoint.method, nothing, nothing > 0, sampler(checkpoint, s))
     return x, calls, n * T / seconds
 
 
@@ -269,7 +281,7 @@ def digit_floor(real, n, seed):
 def digit_sample(k, real, s):
     """Pictures of s.digits digits, all ten in turn, by checkpoint k. -> (their metrics, pictures a second)"""
     asked, begun = torch.arange(s.digits) % 10, time.time()
-    how = Picture(guidance=s.guidance, steps=s.digit_steps, sampler=s.sampler, td=s.td, seed=s.seed)
+    how = Picture(guidance=s.guidance, steps=s.gaussian_steps, sampler=s.sampler, td=s.td, seed=s.seed)
     x = grey(many(k.method, asked, k.c, how)).to(DEVICE)
     speed = f"{s.digits / (time.time() - begun):.1f}"
     return digit_metrics(x, asked, real.sets), speed
@@ -299,10 +311,12 @@ def main(argv):
     if s.bound and checkpoints:
         likelihood_tables(checkpoints, s)
     if s.n and checkpoints:
-        print(f"\nsampler: {', '.join(f'{k}={getattr(s, k)}' for k in Sampler.__dataclass_fields__)}\n")
+        for how in dict.fromkeys(sampler(k, s) for k in checkpoints):
+            names = (Sampler if isinstance(how, Sampler) else CodeSampler).__dataclass_fields__
+            print(f"\nsampler: {', '.join(f'{k}={getattr(how, k)}' for k in names if getattr(how, k) != '')}\n")
         sample_tables(checkpoints, s, judge)
     if s.digits and digits:
-        print(f"guidance {s.guidance:g}, {s.digit_steps} {s.sampler} steps, td {s.td:g}; bits/dim: without labels or guidance")
+        print(f"guidance {s.guidance:g}, {s.gaussian_steps} {s.sampler} steps, td {s.td:g}; bits/dim: without labels or guidance")
         digit_tables(digits, s)
 
 

@@ -15,9 +15,9 @@ from evaluate import digit_floor, digit_row, digit_sample, open_checkpoint, real
 TABLES = {
     "guidance": [dict(guidance=g) for g in (0.0, 1.0, 1.5, 2.0, 4.0)],
     "ancestral": [dict(guidance=g, sampler="ancestral") for g in (1.0, 2.0, 4.0)],
-    "10 steps": [dict(guidance=g, digit_steps=10, sampler=k) for k in ("ddim", "ancestral") for g in (1.0, 2.0, 4.0)],
-    "250 steps": [dict(guidance=g, digit_steps=250, sampler=k) for k in ("ddim", "ancestral") for g in (1.0, 2.0, 4.0)],
-    "a thousand steps": [dict(guidance=1.0, digit_steps=1000, sampler=k) for k in ("ddim", "ancestral")],
+    "10 steps": [dict(guidance=g, gaussian_steps=10, sampler=k) for k in ("ddim", "ancestral") for g in (1.0, 2.0, 4.0)],
+    "250 steps": [dict(guidance=g, gaussian_steps=250, sampler=k) for k in ("ddim", "ancestral") for g in (1.0, 2.0, 4.0)],
+    "a thousand steps": [dict(guidance=1.0, gaussian_steps=1000, sampler=k) for k in ("ddim", "ancestral")],
     "asymmetric time": [dict(guidance=1.0, td=td, sampler=k) for k in ("ddim", "ancestral") for td in (.5, 1.0, 2.0)],
 }
 
@@ -34,7 +34,7 @@ def main(argv):
         for row in TABLES[title]:
             t = replace(s, **row)
             m, speed = digit_sample(k, real, t)
-            print(digit_row(f"{title}: guidance {t.guidance:g}, {t.digit_steps} {t.sampler} steps" + f", td {t.td:g}" * bool(t.td),
+            print(digit_row(f"{title}: guidance {t.guidance:g}, {t.gaussian_steps} {t.sampler} steps" + f", td {t.td:g}" * bool(t.td),
                             m, floor, "", speed), flush=True)
 
 

@@ -214,9 +214,9 @@ def test_infilling_of_an_oracle_and_of_a_constant():
             assert torch.equal(y[:, :24], x[:, :24]) and torch.equal(y[:, 40:], x[:, 40:])
             return 9 * F.one_hot(x, 3).float()
 
-    found = infilling(SimpleNamespace(method=MaskedDiffusion(Oracle(), 3)), x)
+    found = infilling(SimpleNamespace(name="masked", method=MaskedDiffusion(Oracle(), 3)), x)
     assert found == (1, 0)
-    zeros, _ = infilling(SimpleNamespace(method=MaskedDiffusion(Fixed(torch.tensor([.8, .1, .1])), 3)), x)
+    zeros, _ = infilling(SimpleNamespace(name="masked", method=MaskedDiffusion(Fixed(torch.tensor([.8, .1, .1])), 3)), x)
     assert zeros == pytest.approx((x[:, 24:40] == 0).float().mean().item(), abs=1e-6)
 
 

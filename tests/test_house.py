@@ -13,7 +13,7 @@ ARROWS = {"config": set(), "diffusion": set(), "model": {"config"}, "data": {"co
           "generate": {"config", "data", "train"}, "bench": {"config", "model", "diffusion", "data", "train"},
           "mnist_ddpm": {"config", "model", "diffusion", "data", "train"}, "metrics": {"config"},
           "analog_bits": {"config", "model", "diffusion", "data", "train", "generate"},
-          "evaluate": {"config", "data", "train", "generate", "mnist_ddpm", "metrics"}}
+          "evaluate": {"config", "data", "train", "generate", "analog_bits", "mnist_ddpm", "metrics"}}
 SETTINGS = {"train.py": config.Masked, "generate.py": config.Sample, "evaluate.py": config.Evaluate, "bench.py": config.Masked,
             "mnist_ddpm.py": config.Mnist, "mnist_ddpm.py sample": config.Picture,
             "analog_bits.py": config.Bits, "analog_bits.py sample": config.CodeSampler}
@@ -71,5 +71,5 @@ def test_files_stay_readable():
 
 
 def test_every_setting_says_what_it_is():
-    for k in (config.Config, config.Masked, config.Sampler, config.Sample, config.Evaluate, config.Mnist, config.Picture, config.Bits, config.CodeSampler):
+    for k in [config.Config, config.Sampler, *SETTINGS.values()]:
         assert inspect.getdoc(k) and inspect.getsource(k).count("#") > 3

@@ -144,7 +144,7 @@ def test_the_table_of_digits(tmp_path, monkeypatch, capsys):
         mnist_ddpm.train([*TINY, f"--recipe={recipe}", f"--out={tmp_path}/{recipe}", "--max_iters=10", "--train_size=100"])
     capsys.readouterr()
     for _ in range(2):
-        evaluate.main([f"--out={tmp_path}/best,{tmp_path}/levels", "--digits=20", "--digit_steps=3", "--guidance=1.5"])
+        evaluate.main([f"--out={tmp_path}/best,{tmp_path}/levels", "--digits=20", "--gaussian_steps=3", "--guidance=1.5"])
         told = capsys.readouterr()
         rows = [line.split(" | ") for line in told.out.splitlines() if line.startswith("| ")]
         assert len(rows) == 6 and len({len(r) for r in rows}) == 1 and "guidance 1.5, 3 ddim steps" in told.out

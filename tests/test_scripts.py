@@ -141,19 +141,22 @@ def test_the_twin_writes_after_a_prompt(tmp_path):
 
 
 def test_evaluate_prints_every_table(trained, tmp_path):
-    """Two checkpoints that are the same differ by exactly nothing; the twin, trained on less, has no masks and so no error from them."""
+    """Two checkpoints that are the same differ by exactly nothing; the twin, trained on less, has no masks and so no error from them; bits
+    of bytes read the same text, with a sampler of their own."""
     run("train.py", *TINY, "--objective=ar", "--train_size=2000", f"--out={tmp_path}/ar")
-    out = run("evaluate.py", f"--out={trained},{trained / 'best.pt'},{tmp_path}/ar", "--n=3", "--exact=2", "--steps=8",
-              f"--judge={tmp_path}/ar").stdout
+    run("analog_bits.py", *TINY, "--code=bytes", f"--out={tmp_path}/bits")
+    out = run("evaluate.py", f"--out={trained},{trained / 'best.pt'},{tmp_path}/ar,{tmp_path}/bits", "--n=3", "--exact=2", "--steps=8",
+              "--gaussian_steps=4", "--twice", f"--judge={tmp_path}/ar").stdout
+    assert out.count("sampler: ") == 2 and "| nats by noise level |" in out and "| nats by share masked |" in out
     assert out.startswith("`python evaluate.py --out=") and " at commit " in out and "PyTorch" in out
-    bounds, buckets, samples = ([line.split(" | ") for line in table.splitlines()[2:] if line.startswith("| ")]
-                                for table in re.split(r"\n\n(?=\| )|\n\nsampler.*\n\n", out)[1:])
-    assert [r[1] for r in bounds] == ["masked", "masked", "ar"] and bounds[0][5:8] == bounds[1][5:8]
+    bounds, buckets, _, samples = ([line.split(" | ") for line in table.splitlines()[2:] if line.startswith("| ")]
+                                for table in re.split(r"\n\n(?=\| )|\n\n(?:sampler.*\n\n+)+", out)[1:])
+    assert [r[1] for r in bounds] == ["masked", "masked", "ar", "bits"] and bounds[0][5:8] == bounds[1][5:8]
     assert bounds[1][9] == "+0.0000 ± 0.0000" and bounds[2][7] == "exact" and "±" in bounds[2][9] and "±" in bounds[0][11]
     assert len(buckets) == 2 and all(float(b) > 0 for b in re.findall(r"[\d.]+", buckets[0][-1]))
-    assert [r[1] for r in samples] == ["3"] * 5 and {len(r) for r in samples} == {11}
+    assert [r[1] for r in samples] == ["3"] * 7 and {len(r) for r in samples} == {11}
     assert "pydoc, held out" in samples[0][0] and "held out, beside 2,000 characters" in samples[3][0]
-    assert samples[1][9] == "8.0" and samples[4][9] == "32.0"
+    assert samples[1][9] == "8.0" and samples[4][9] == "32.0" and samples[6][9] == "8.0"
 
 
 def test_generate_writes_at_once_from_the_checkpoint_in_the_repository(tmp_path):
