@@ -103,10 +103,17 @@ class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
     n_embd: int = 384 if GPU else 128
     dropout: float = 0.0
 
+    @property
+    def predicts(self):
+        return self.predict or RECIPES[self.recipe]["predict"]
+
     def __post_init__(self):
         super().__post_init__()
         if self.patch not in (1, 2, 4, 7, 14):
             raise SystemExit(f"patch={self.patch} does not divide 28: one of 1, 2, 4, 7, 14")
+        loss = self.weight or RECIPES[self.recipe]["weight"]
+        if loss not in (("ce", "elbo") if self.predicts == "levels" else ("simple", "elbo", "min-snr")):
+            raise SystemExit(f"weight={loss} does not go with predict={self.predicts}: --recipe=levels is predict=levels with weight=ce")
         if not 0 < self.drop_label < 1:
             raise SystemExit(f"drop_label={self.drop_label} must be between 0 and 1: guidance needs both, with and without")
 
@@ -219,7 +226,7 @@ class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of eac
     digits: int = 10000 if GPU else 1000                   # pictures to sample; 0: none
     gaussian_steps: int = 50       # bits and pixels: how they are sampled, as in Picture and CodeSampler
     guidance: float = Picture.guidance
-    sampler: Literal["ddim", "ancestral"] = "ddim"
+    sampler: Literal["", "ddim", "ancestral"] = ""         # empty: what each takes by itself
     td: float = 0.0
     twice: bool = False
 

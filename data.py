@@ -2,6 +2,7 @@
 
 A corpus is downloaded once to data_dir, checked against its sha256 (or its published size) and renamed into place: a file that was
 cut, or is something else, is told and never used."""
+import codecs
 import gzip
 import hashlib
 import math
@@ -150,7 +151,7 @@ class Alphabet:
     def decode(self, ids):
         """Token ids (any sequence of int) -> str; what is still masked is shown as a middle dot."""
         return "".join(self.show(i) for i in ids) if not self.raw else \
-            b"".join(self.show(i).encode("latin-1") for i in ids).decode("utf-8", "replace")
+            b"".join(self.show(i).encode("latin-1" if i < len(self) else "utf-8") for i in ids).decode("utf-8", "replace")
 
     def show(self, i):
         return self.chars[i] if i < len(self.chars) else "·"
@@ -161,7 +162,12 @@ class Alphabet:
             return self.decode(ids)
         shades = (203, 209, 215, 221, 185, 149, 113)
         colors = [240 if i >= len(self) else shades[int(p * 6.99)] for i, p in zip(ids, sure, strict=True)]
-        glyphs = [g if g.isprintable() or g in "\n\t" else "\ufffd" for g in map(self.show, ids)]      # no stray control codes
+        glyphs = map(self.show, ids)
+        if self.raw:                                              # a character has the colour of its last byte
+            join = codecs.getincrementaldecoder("utf-8")("replace").decode
+            raw = [self.show(i).encode("latin-1" if i < len(self) else "utf-8") for i in ids]
+            glyphs = [join(g, n == len(ids)) for n, g in enumerate(raw, 1)]
+        glyphs = ["".join(ch if ch.isprintable() or ch in "\n\t" else "\ufffd" for ch in g) for g in glyphs]      # no stray control codes
         return "".join(f"\x1b[38;5;{shade}m{g}" for shade, g in zip(colors, glyphs, strict=True)) + "\x1b[0m"
 
     def prompt(self, text):
@@ -222,8 +228,8 @@ def mnist(folder):
 
 
 def digits(n_train=20_000, n_test=2_000, seed=0):
-    """MNIST's stand-in, made here: a 5 x 7 font under random rotation, shear, scale, shift, thickness and blur. The same dict, always
-    the same digits for the same seed."""
+    """MNIST's stand-in, made here: a 5 x 7 font under random rotation, shear, scale, shift, thickness and blur. The same dict;
+    the same digits for the same seed, but for a grey level or two where another CPU rounds otherwise."""
     g, n = torch.Generator().manual_seed(seed), n_train + n_test
     between = lambda low, high: low + (high - low) * torch.rand(n, generator=g)
     glyphs = F.pad(torch.tensor([[[ch == "#" for ch in row.split("|")[d]] for row in FONT] for d in range(10)]).float(), (1, 1, 1, 1))
@@ -268,7 +274,8 @@ class Images:
         self.train, self.labels = self.train[:c.train_size or None], self.labels[:c.train_size or None]
         self.train, self.val = patches(self.train, c.patch), patches(self.val, c.patch)
         self.T = 28 * 28                                               # numbers in an example, all of which the bound counts
-        self.meta = {"alphabet": "", "data": {"name": self.name, "sha256": hashlib.sha256(parts["train images"].tobytes()).hexdigest()}}
+        pixels = "".join(FONT).encode() if self.name == "digits" else parts["train images"].tobytes()   # CPUs round what is drawn differently
+        self.meta = {"alphabet": "", "data": {"name": self.name, "sha256": hashlib.sha256(pixels).hexdigest()}}
 
     def __str__(self):
         return f"{self.name}: {len(self.train):,} images to train, {len(self.val):,} to validate"

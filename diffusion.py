@@ -338,7 +338,7 @@ class CodeDiffusion(GaussianDiffusion):
     net(x, t): x (B, T, N K + extra) -> logits (B, T, N V): what the context says of each token. What z itself says of it is known exactly
     and added (the analytic prior), so that an untrained network has the bound log V; xhat is the mean code, softmax(logits) C. With
     selfcond the network is also shown an earlier xhat of its own, or zeros (Chen et al. 2022): in training for half the batches, then
-    always. A share `prompts` of the training examples have a clean beginning or a clean surrounding, which does not count."""
+    always. A share `prompts` of the training examples have clean parts (`clean_part`), which do not count."""
 
     early_stopping = True
 
@@ -404,11 +404,11 @@ class CodeDiffusion(GaussianDiffusion):
 
         The network is shown the xhat of the step before, or with s.twice of a first pass at the same z. Known positions are clean, as in
         training, or with s.replace as noisy as the others, for a network that never saw a clean one. s.td: see GaussianDiffusion."""
-        codes, before = self.clean(x), None
+        codes, before, here = self.clean(x), None, self.gamma(torch.ones(len(x), 1, dtype=torch.float64, device=x.device))[0]
         eps, z, extra = torch.randn(2, *codes.shape, dtype=torch.float64).to(x.device).unbind(0) + (codes.new_zeros(*codes.shape[:2], 0),)
         for i in range(s.steps, 0, -1):
             (gamma, _), (to, _) = (self.gamma(z.new_full((len(z), 1), max(at / s.steps, 0))) for at in (i, i - 1 - s.td))
-            a, sd = scales(gamma)
+            a, sd = scales(here)                                                      # where the last step went: with td, beyond its label
             z = torch.where(known[..., None], a * codes + sd * eps if s.replace else codes, z)
             level = gamma.expand(known.shape) if s.replace else torch.where(known, self.ends[0], gamma)
             if s.twice:
@@ -416,13 +416,14 @@ class CodeDiffusion(GaussianDiffusion):
             logits = self.logits(z, level, extra, before)
             before = self.mean(logits)
             p, token = logits.softmax(-1).max(-1)                                     # (B, T, N)
-            z = self.step(z, before, gamma, to, s)
+            z, here = self.step(z, before, gamma, to, s), to
             yield torch.where(known[..., None], x, token), torch.where(known[..., None], 1., p)
 
 
 def clean_part(B, T, share, device):
-    """Positions (B, T) that are known: in half a share of the rows a beginning of any length, in the other half all but a span. Never all."""
-    length, place, row = torch.rand(3, B, 1, device=device)
-    length, at = (length * T).long(), torch.arange(T, device=device)                  # 0 .. T - 1
-    start = (place * (T - length)).long()
-    return torch.where(row < share / 2, at < length, (at < start) | (at > start + length)) & (row < share)
+    """Positions (B, T) that are known, in a share of the rows and never all, a third each: a beginning of any length; all but a span; or both, a
+    beginning and, after a blank, a piece of what follows. So a prompt with a blank is known in training, too."""
+    at, row = torch.arange(T, device=device), torch.rand(B, 1, device=device)
+    a, b, c = (torch.rand(3, B, 1, device=device).sort(0).values * T).long()          # a <= b <= c < T
+    c = torch.where(row < share / 3, 0, torch.where(row < share * 2 / 3, T, c))
+    return ((at < a) | (at > b) & (at < c)) & (row < share)

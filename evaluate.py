@@ -159,7 +159,7 @@ def sampler(checkpoint, s):
     """How a checkpoint of its kind is sampled."""
     if checkpoint.name != "bits":
         return s
-    return CodeSampler(steps=s.gaussian_steps, sampler=s.sampler, td=s.td, twice=s.twice, seed=s.seed)
+    return CodeSampler(steps=s.gaussian_steps, sampler=s.sampler or CodeSampler.sampler, td=s.td, twice=s.twice, seed=s.seed)
 
 
 def infilling(checkpoint, val):
@@ -168,7 +168,8 @@ def infilling(checkpoint, val):
     x, T = val.long(), val.size(1)
     span = torch.zeros(T, dtype=torch.bool, device=x.device)
     span[max(0, T - SPAN) // 2:][:SPAN] = True
-    greedy = CodeSampler(sampler="ddim") if checkpoint.name == "bits" else Sampler(steps=SPAN, order="entropy", temperature=0.0, remask=0.0)
+    greedy = (CodeSampler(sampler="ddim", replace=not checkpoint.c.prompts) if checkpoint.name == "bits" else
+              Sampler(steps=SPAN, order="entropy", temperature=0.0, remask=0.0))
     y, *_ = written(checkpoint.method, x, ~span.expand_as(x), greedy)
     return mean([(n, span.sum().item()) for n in ((y == x) & span).sum(1).tolist()])
 
@@ -198,9 +199,10 @@ def sample_setup(checkpoint, s, judge):
     """-> (the corpus; blocks, at most s.n evenly spaced held-out windows; the judge, or None if it was trained on another text)"""
     data = corpus(checkpoint, s)
     blocks = data.val[torch.linspace(0, len(data.val) - 1, min(s.n, len(data.val))).long()].long()
-    fits = judge.meta["data"]["sha256"] == checkpoint.meta["data"]["sha256"]
+    fits = all(judge.meta[k] == checkpoint.meta[k] for k in ("alphabet", "data"))
     if not fits:
-        print(f"{judge.path} was trained on {judge.meta['data']['name']}: it does not judge {checkpoint.path}", file=sys.stderr)
+        print(f"{judge.path} was trained on {judge.meta['data']['name']}, or its characters are others: it does not judge {checkpoint.path}",
+              file=sys.stderr)
     return data, blocks, judge if fits else None
 
 
@@ -249,24 +251,25 @@ def real_digits(name, data_dir, sha256):
         readers[-1].load_state_dict(weights)
     features, digit = read(readers[0], test)
     right = [(d == data.val_labels).double().mean().item() for d in (digit, read(readers[1], test)[1])]
-    print(f"\ndigits: {name}; the judge reads {right[0]:.2%} of its {len(test):,} test images right, the other reader {right[1]:.2%}\n")
-    return SimpleNamespace(data=data, sets=(images, test, features, *readers), labels=data.labels)
+    about = f"{name}; the judge reads {right[0]:.2%} of its {len(test):,} test images right, the other reader {right[1]:.2%}"
+    return SimpleNamespace(about=about, data=data, sets=(images, test, features, *readers), labels=data.labels)
 
 
 DIGITS_HEAD = ("| digits | n | read as asked | Frechet distance | times the floor | precision | recall | nearest training digit, of a test digit's "
-               "| read as 0, 1 ... 9, % | bits/dim | digits/s |\n|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|")
+               "| read as 0, 1 ... 9, % | digits/s |\n|---|---:|---:|---:|---:|---:|---:|---:|---|---:|")
 
 
-def digit_row(title, m, floor, bits="", speed=""):
+def digit_row(title, m, floor, speed=""):
     """One row of the table of digits, m from `metrics.digit_metrics`."""
     pm = lambda pair: "" if math.isnan(pair[0]) else f"{pair[0]:.3f} ± {pair[1]:.3f}"
     shares = " ".join(f"{100 * n / sum(m['read']):.0f}" for n in m["read"])
     return (f"| {title} | {sum(m['read'])} | {pm(m['right'])} | {pm(m['frechet'])} | {m['frechet'][0] / floor:.1f} | {pm(m['precision'])} | "
-            f"{pm(m['recall'])} | {pm(m['near'])} | {shares} | {bits} | {speed} |")
+            f"{pm(m['recall'])} | {pm(m['near'])} | {shares} | {speed} |")
 
 
 def digit_floor(real, n, seed):
     """Print the head of the table and what n real digits, noise and blurred digits score. -> the Frechet distance of the real ones"""
+    print(f"digits: {real.about}\n")
     train.reseed(seed)
     some = torch.randperm(len(real.labels))[:n].to(DEVICE)
     images, labels = real.sets[0][some], real.labels[some]
@@ -281,23 +284,29 @@ def digit_floor(real, n, seed):
 def digit_sample(k, real, s):
     """Pictures of s.digits digits, all ten in turn, by checkpoint k. -> (their metrics, pictures a second)"""
     asked, begun = torch.arange(s.digits) % 10, time.time()
-    how = Picture(guidance=s.guidance, steps=s.gaussian_steps, sampler=s.sampler, td=s.td, seed=s.seed)
+    how = Picture(guidance=s.guidance, steps=s.gaussian_steps, sampler=s.sampler or Picture.sampler, td=s.td, seed=s.seed)
     x = grey(many(k.method, asked, k.c, how)).to(DEVICE)
     speed = f"{s.digits / (time.time() - begun):.1f}"
     return digit_metrics(x, asked, real.sets), speed
 
 
 def digit_tables(checkpoints, s):
-    """Print what pictures by checkpoints are like, below the floors of their data."""
+    """Print the bounds of checkpoints of digits, and what pictures by them are like, below the floors of their data."""
+    reals = [real_digits(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"]) for k in checkpoints]
+    if s.bound:
+        print("| checkpoint, without labels or guidance | parameters | steps | bits/dim | ± images | ± draws |\n|---|---:|---:|---:|---:|---:|")
+    for k, real in zip(checkpoints, reals, strict=True) if s.bound else ():
+        e = likelihood(k.method, patches(whole(real.data.val, 4), k.c.patch))
+        bits = " | ".join(f"{e[name] / math.log(2):.3f}" for name in ("bound", "stderr", "mc"))
+        print(f"| {k.path} | {sum(p.numel() for p in k.method.parameters()):,} | {k.meta['step']:,} | {bits} |", flush=True)
+    if s.digits:
+        print(f"\nguidance {s.guidance:g}, {s.gaussian_steps} {s.sampler or Picture.sampler} steps, td {s.td:g}", end="; ")
     shown, floor = None, 0
-    for k in checkpoints:
-        real = real_digits(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"])
+    for k, real in zip(checkpoints, reals, strict=True) if s.digits else ():
         if real is not shown:
             shown, floor = real, digit_floor(real, s.digits, s.seed)
-        e = likelihood(k.method, patches(whole(real.data.val, 4), k.c.patch)) if s.bound else None
-        bits = "{:.3f} ± {:.3f} ± {:.3f} (noise)".format(*(e[name] / math.log(2) for name in ("bound", "stderr", "mc"))) if e else ""
         m, speed = digit_sample(k, real, s)
-        print(digit_row(k.path, m, floor, bits, speed), flush=True)
+        print(digit_row(k.path, m, floor, speed), flush=True)
 
 
 def main(argv):
@@ -307,16 +316,18 @@ def main(argv):
     judge = judge_of(s) if s.n and checkpoints else None
     for k in checkpoints:
         corpus(k, s)                                                   # what is missing is told before anything is measured
+    for k in digits:
+        real_digits(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"])
     print(stamp() + "\n")
     if s.bound and checkpoints:
         likelihood_tables(checkpoints, s)
     if s.n and checkpoints:
         for how in dict.fromkeys(sampler(k, s) for k in checkpoints):
-            names = (Sampler if isinstance(how, Sampler) else CodeSampler).__dataclass_fields__
-            print(f"\nsampler: {', '.join(f'{k}={getattr(how, k)}' for k in names if getattr(how, k) != '')}\n")
+            names = Sampler.__dataclass_fields__ if isinstance(how, Sampler) else ("steps", "sampler", "td", "twice", "seed")
+            print(f"\nsampler: {', '.join(f'{k}={getattr(how, k)}' for k in names)}\n")
         sample_tables(checkpoints, s, judge)
-    if s.digits and digits:
-        print(f"guidance {s.guidance:g}, {s.gaussian_steps} {s.sampler} steps, td {s.td:g}; bits/dim: without labels or guidance")
+    if digits:
+        print()
         digit_tables(digits, s)
 
 

@@ -116,7 +116,8 @@ def show(method, alphabet, s, T):
     x, sure = frames[-1]
     if not (s.watch and COLOR):
         print("\n\n".join(alphabet.paint(i, p, COLOR) for i, p in zip(x.tolist(), sure.tolist(), strict=True)))
-    print(f"{len(frames)} network calls, {took:.1f} s, {s.n * int((~known).sum()) / took:,.0f} characters/s", file=sys.stderr)
+    calls = len(frames) * (1 + getattr(s, "twice", False))
+    print(f"{calls} network calls, {took:.1f} s, {s.n * int((~known).sum()) / took:,.0f} characters/s", file=sys.stderr)
     return frames, known
 
 

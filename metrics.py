@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import DEVICE, autocast
+from config import AMP, DEVICE, autocast
 
 WORD, NAME = re.compile(r"(?:[^\W\d_]|')+"), re.compile(r"^[A-Z][A-Za-z ]*:$", re.M)   # words; lines that name a speaker
 
@@ -56,7 +56,7 @@ def text_metrics(texts, source, known):
 # ---- pictures of digits: (n, 28, 28) bytes
 
 class Reader(nn.Module):
-    """A classifier of digits, 93,000 weights: a page (n, 28, 28) of bytes -> logits (n, 10); features (n, 128) are what its last layer sees."""
+    """A classifier of digits, 95,000 weights: a page (n, 28, 28) of bytes -> logits (n, 10); features (n, 128) are what its last layer sees."""
 
     def __init__(self):
         super().__init__()
@@ -84,12 +84,14 @@ def train_reader(images, labels, seed, epochs=8, batch_size=100):
     torch.manual_seed(seed)
     reader = Reader().to(DEVICE)
     opt, steps = torch.optim.AdamW(reader.parameters(), weight_decay=.01), epochs * (len(images) // batch_size)
+    scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, .01, steps)
     for _ in range(epochs):
         for i in torch.randperm(len(images)).to(images.device).split(batch_size)[:steps // epochs]:
             loss = F.cross_entropy(reader(shifted(images[i])), labels[i].long(), label_smoothing=.1)
-            loss.backward()
-            opt.step()
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
             opt.zero_grad(set_to_none=True)
             schedule.step()
     return reader.eval()
@@ -149,10 +151,11 @@ def digit_metrics(x, asked, real, itself=0):
     """What pictures x (n, 28, 28) are like, beside real = (train, test, test features (N, 128), judge, other): real digits and two Readers.
     asked (n,): the digits they should be, or None. itself=1: x are training digits, each of which is its own nearest. -> dict, pairs are
     (value, standard error): right, the share that `other` reads as asked; frechet, to all test digits; precision and recall against n
-    test digits; near, the distance to the nearest training digit, in units of what it is for a test digit; read, how many of each digit."""
+    test digits, at most all; near, the distance to the nearest training digit, in units of what it is for a test digit; read, how many of
+    each digit."""
     train, test, truth, judge, other = real
     features, (_, digit) = read(judge, x)[0], read(other, x)
-    some = torch.linspace(0, len(test) - 1, len(x)).long()
+    some = torch.linspace(0, len(test) - 1, min(len(x), len(test))).long()
     share = lambda hits: mean([(h, 1) for h in hits.tolist()])
     flat = lambda images: images.flatten(1).float() / 255
     near, usual = nearest(flat(x), flat(train), 1 + itself), nearest(flat(test[some]), flat(train)).mean().item()

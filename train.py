@@ -76,7 +76,7 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
 
 
 def glance(val, c, method):
-    """What a glance during training evaluates: (evenly spaced windows, levels), forward passes for at most a twentieth of the run's."""
+    """What a glance during training evaluates: (evenly spaced windows, levels), forward passes for about a twentieth of the run's."""
     levels = min(4, method.levels)
     n = min(len(val), max(2, c.eval_interval * c.batch_size * c.grad_accum // WORLD // 10 // levels))
     return val[torch.linspace(0, len(val) - 1, n).long()], levels

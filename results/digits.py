@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import HERE, Evaluate, at_least, parse, run  # noqa: E402
+from config import HERE, Evaluate, Picture, at_least, parse, run  # noqa: E402
 from evaluate import digit_floor, digit_row, digit_sample, open_checkpoint, real_digits, stamp  # noqa: E402
 
 TABLES = {
@@ -34,8 +34,8 @@ def main(argv):
         for row in TABLES[title]:
             t = replace(s, **row)
             m, speed = digit_sample(k, real, t)
-            print(digit_row(f"{title}: guidance {t.guidance:g}, {t.gaussian_steps} {t.sampler} steps" + f", td {t.td:g}" * bool(t.td),
-                            m, floor, "", speed), flush=True)
+            how = f"guidance {t.guidance:g}, {t.gaussian_steps} {t.sampler or Picture.sampler} steps" + f", td {t.td:g}" * bool(t.td)
+            print(digit_row(f"{title}: {how}", m, floor, speed), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """analog_bits.py: every code there and back, per-bit and factorised heads against each other, the script as it is typed."""
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,13 @@ import torch
 from torch import nn
 
 import analog_bits
+import evaluate
+import model
+import train
 from analog_bits import Characters, LoneBits, bits, build, table, unbits
 from config import Bits, CodeSampler
 from data import Alphabet
-from train import evaluate, reseed
+from train import reseed
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60",
@@ -54,7 +58,7 @@ def test_an_untrained_network_has_the_bound_log_V(head, truth):
     """8 characters, 3 bits: log 8 over the alphabet and over all codes alike."""
     m = build(tiny(head=head), {"alphabet": "abcdefgh"}).eval()
     x0 = torch.randint(8, (800, 12), generator=torch.Generator().manual_seed(0))
-    e = evaluate(m, x0, 8)
+    e = train.evaluate(m, x0, 8)
     assert e["bound"] == pytest.approx(truth, abs=4 * e["stderr"] + .01)
     assert build(tiny(head="bits"), {"alphabet": "abcde"}).bound(x0[:2] % 5, torch.tensor([.3, .6]), [0, 1])[0].shape == (2,)
 
@@ -85,15 +89,28 @@ def test_oracles_write_their_text(cls):
     assert torch.allclose(e, (3 * (a2 + s2 - 1 - s2.log()) / 2).expand(3), atol=1e-6)
 
 
-def test_every_parameter_gets_a_gradient():
-    for k in ({}, {"head": "bits"}, {"weight": "elbo", "schedule": "sqrt"}, {"selfcond": False, "prior": False}):
-        reseed(0)
-        m = build(tiny(**k), {"alphabet": "abcdefg"})
-        for p in m.parameters():
-            nn.init.normal_(p, std=.1)
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("coin", [0.0, 0.9])
+@pytest.mark.parametrize("k", [{}, {"head": "bits"}, {"weight": "elbo", "schedule": "sqrt"}, {"prior": False}], ids=str)
+def test_every_parameter_gets_a_gradient(k, coin, half, monkeypatch):
+    """With a guess shown and without, in fp16 with a scaler too, from the zero outputs a network starts with."""
+    if half:
+        monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", torch.float16))
+    reseed(0)
+    m, rand = build(tiny(**k), {"alphabet": "abcdefg"}), torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **kw: rand(*size, **kw) if size != ((),) else torch.tensor(coin))
+    scaler, seen = torch.amp.GradScaler("cpu", init_scale=2. ** 10, enabled=half), []
+    m.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    opt = torch.optim.AdamW(m.parameters(), 1e-2)
+    for _ in range(4):
+        opt.zero_grad()
         loss = m(torch.randint(7, (16, 12)))
-        loss.backward()
-        assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in m.parameters()), k
+        scaler.scale(loss).backward()
+        scaler.step(opt)
+        scaler.update()
+    assert loss.isfinite() and scaler.get_scale() >= (2. ** 10 if half else 1) and len(seen) == (8 if coin == 0 else 4)
+    without = [n for n, p in m.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
 
 
 def run(*args, code=0, **env):
@@ -121,3 +138,19 @@ def test_bytes_of_a_text_that_is_not_ascii(tmp_path):
     analog_bits.train([*TINY[1:], f"--dataset={tmp_path}/t.txt", "--code=bytes", "--max_iters=3", "--eval_interval=3", f"--out={tmp_path}/b"])
     r = run("analog_bits.py", "sample", f"--out={tmp_path}/b", "--prompt=Война{9}", "--steps=2")
     assert r.stdout.startswith("Война")
+    alphabet = Alphabet("".join(map(chr, range(256))), raw=True)
+    painted = alphabet.paint([*"Война".encode(), 256, 0xFF], [.5] * 12)
+    assert re.sub(r"\x1b\[[\d;]*m", "", painted) == "Война·\ufffd" == alphabet.decode([*"Война".encode(), 256, 0xFF])
+
+
+def test_a_judge_of_other_characters_does_not_judge(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("Il était une fois - Война и мир. " * 200, encoding="utf-8")
+    common = [*TINY[1:], f"--dataset={tmp_path}/t.txt", "--max_iters=3", "--eval_interval=3"]
+    train.main([*common, "--objective=ar", f"--out={tmp_path}/ar"])
+    for code in ("index", "bytes"):
+        analog_bits.train([*common, f"--code={code}", f"--out={tmp_path}/{code}"])
+    capsys.readouterr()
+    evaluate.main([f"--out={tmp_path}/index,{tmp_path}/bytes", f"--judge={tmp_path}/ar", f"--dataset={tmp_path}/t.txt", "--n=3",
+                   "--gaussian_steps=2"])
+    told = capsys.readouterr()
+    assert "does not judge" in told.err and f"{tmp_path}/index," not in told.err and told.out.count("t.txt, held out") == 2

@@ -68,5 +68,7 @@ def test_digits_replayed_blurred_noise():
     assert m["real"]["precision"][0] > .8 and m["real"]["recall"][0] > .8
     for bad in ("noise", "blur"):
         assert m[bad]["frechet"][0] > 5 * m["real"]["frechet"][0] and min(m[bad]["precision"][0], m[bad]["recall"][0]) < .5, bad
+    many = digit_metrics(train[:1500], label[:1500], real, itself=1)                  # more than there are test digits
+    assert many["precision"][0] > .8 and many["recall"][0] > .8
     wrong = digit_metrics(train[:300], 9 - label[:300], real)
     assert wrong["right"][0] < .1

@@ -134,6 +134,12 @@ def test_train_sample_resume_and_the_wrong_script(tmp_path):
     assert "patch=5 does not divide 28" in run("mnist_ddpm.py", "--patch=5", code=1).stderr
 
 
+@pytest.mark.parametrize("args", [["--predict=levels"], ["--recipe=levels", "--weight=simple"], ["--weight=ce"], ["--recipe=levels", "--predict=v"]])
+def test_a_loss_that_does_not_go_with_the_prediction_is_refused(args):
+    with pytest.raises(SystemExit, match="does not go with predict="):
+        parse(args, Mnist())
+
+
 def test_the_table_of_digits(tmp_path, monkeypatch, capsys):
     """evaluate.py on two recipes, with its floors; readers are trained once, kept, and told when they belong to other digits."""
     few = data.digits(1500, 200)
@@ -144,13 +150,17 @@ def test_the_table_of_digits(tmp_path, monkeypatch, capsys):
         mnist_ddpm.train([*TINY, f"--recipe={recipe}", f"--out={tmp_path}/{recipe}", "--max_iters=10", "--train_size=100"])
     capsys.readouterr()
     for _ in range(2):
+        evaluate.real_digits.cache_clear()
         evaluate.main([f"--out={tmp_path}/best,{tmp_path}/levels", "--digits=20", "--gaussian_steps=3", "--guidance=1.5"])
         told = capsys.readouterr()
-        rows = [line.split(" | ") for line in told.out.splitlines() if line.startswith("| ")]
-        assert len(rows) == 6 and len({len(r) for r in rows}) == 1 and "guidance 1.5, 3 ddim steps" in told.out
-        assert [r[1] for r in rows[1:]] == ["20"] * 5 and rows[1][4] == "1.0" and "± " in rows[4][9] and rows[2][2] == ""
+        bounds, rows = ([line.split(" | ") for line in t.splitlines() if line.startswith("| ")] for t in told.out.split("\n\nguidance"))
+        assert len(bounds) == 3 and all(float(x.strip(" |")) > 0 for r in bounds[1:] for x in r[3:])
+        assert len(rows) == 6 and len({len(r) for r in rows}) == 1 and " 1.5, 3 ddim steps" in told.out
+        assert [r[1] for r in rows[1:]] == ["20"] * 5 and rows[1][4] == "1.0" and rows[2][2] == ""
     assert "training two readers" not in told.err and len(list((tmp_path / "out").glob("readers-*.pt"))) == 1
-    few["train images"] = few["train images"][::-1].copy()
+    evaluate.main([f"--out={tmp_path}/best", "--digits=0"])
+    assert "bits/dim" in (told := capsys.readouterr().out) and "Frechet" not in told
+    monkeypatch.setattr(data, "FONT", ("another",))
     evaluate.real_digits.cache_clear()
     with pytest.raises(SystemExit, match="are others than"):
         evaluate.main([f"--out={tmp_path}/best"])
