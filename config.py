@@ -103,17 +103,13 @@ class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
     n_embd: int = 384 if GPU else 128
     dropout: float = 0.0
 
-    @property
-    def predicts(self):
-        return self.predict or RECIPES[self.recipe]["predict"]
-
     def __post_init__(self):
         super().__post_init__()
         if self.patch not in (1, 2, 4, 7, 14):
             raise SystemExit(f"patch={self.patch} does not divide 28: one of 1, 2, 4, 7, 14")
-        loss = self.weight or RECIPES[self.recipe]["weight"]
-        if loss not in (("ce", "elbo") if self.predicts == "levels" else ("simple", "elbo", "min-snr")):
-            raise SystemExit(f"weight={loss} does not go with predict={self.predicts}: --recipe=levels is predict=levels with weight=ce")
+        predict, weight = (getattr(self, name) or RECIPES[self.recipe][name] for name in ("predict", "weight"))
+        if weight not in (("ce", "elbo") if predict == "levels" else ("simple", "elbo", "min-snr")):
+            raise SystemExit(f"weight={weight} does not go with predict={predict}: --recipe=levels is predict=levels with weight=ce")
         if not 0 < self.drop_label < 1:
             raise SystemExit(f"drop_label={self.drop_label} must be between 0 and 1: guidance needs both, with and without")
 

@@ -69,7 +69,7 @@ class LevelDigits(Labelled, CodeDiffusion):
 def build(c, meta):
     """The method of a run: c its Mnist settings."""
     T, K, r = (28 // c.patch) ** 2, c.patch ** 2, RECIPES[c.recipe]
-    predict, schedule, weight = c.predicts, c.schedule or r["schedule"], c.weight or r["weight"]
+    predict, schedule, weight = c.predict or r["predict"], c.schedule or r["schedule"], c.weight or r["weight"]
     levels = predict == "levels"
     net = Transformer(replace(c, block_size=T), Patches(K + DIGITS, T, c.n_embd), K * 256 if levels else K)
     method = LevelDigits(net, torch.linspace(-1, 1, 256)[:, None], schedule, weight) if levels else Digits(net, predict, schedule, weight)

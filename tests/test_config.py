@@ -11,7 +11,7 @@ import torch
 import evaluate
 import generate
 import train
-from config import Evaluate, Masked, Mnist, Picture, Sample, parse
+from config import Bits, CodeSampler, Evaluate, Masked, Mnist, Picture, Sample, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,5 +133,5 @@ def test_and_so_it_is_from_the_shell(script, args, says, files):
 
 def test_every_setting_is_read_somewhere():
     source = "".join(p.read_text(encoding="utf-8") for p in ROOT.glob("*.py") if p.name != "config.py")
-    for f in {f.name for k in (Masked, Mnist, Sample, Picture, Evaluate) for f in dataclasses.fields(k)}:
+    for f in {f.name for k in (Masked, Mnist, Bits, Sample, CodeSampler, Picture, Evaluate) for f in dataclasses.fields(k)}:
         assert re.search(rf"\b(c|s|m|self\.c)\.{f}\b", source), f"nothing reads the setting {f}"
