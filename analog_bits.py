@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import generate
-from config import COLOR, DEVICE, HERE, Bits, CodeSampler, parse, run
+from config import HERE, Bits, CodeSampler, parse, run
 from data import Alphabet, Text
 from diffusion import CodeDiffusion
 from model import Transformer
-from train import RANK, fit, folder, load, reseed, resumed
+from train import load, show_text, start
 
 ENDS = (-4.0, 8.0)   # gamma: at -4 a bit is wrong once in 10^13, at 8 all bits of a character together tell .001 nats
 
@@ -98,32 +97,14 @@ def build(c, meta):
 
 def train(argv):
     """python analog_bits.py: settings as in config.Bits."""
-    c = parse(argv, Bits())
-    if c.resume:
-        c = resumed(argv, c, "bits")
-    data = Text(c, raw=c.code == "bytes")
-    if data.warning and RANK == 0:
-        print(data.warning)
-    reseed(c.seed)
-
-    def show(ema):
-        reseed(c.seed)
-        nothing = torch.zeros(1, c.block_size, dtype=torch.long, device=DEVICE)
-        *_, (x, sure) = ema.sample(nothing, nothing > 0, CodeSampler())
-        tqdm.write("\n" + data.alphabet.paint(x[0].tolist(), sure[0].tolist(), COLOR) + "\n")
-
-    if fit(build(c, data.meta), data, c, {"method": "bits", **data.meta}, show) and RANK == 0:
-        out = folder(c, "bits")
-        print(f"done: python analog_bits.py sample{'' if out == HERE / 'out/bits' else f' --out={out}'} writes with it")
+    start(argv, parse(argv, Bits()), "bits", lambda c: Text(c, raw=c.code == "bytes"), build, show_text(CodeSampler()))
 
 
 def sample(argv):
     """python analog_bits.py sample: settings as in config.CodeSampler."""
     s = parse(argv, CodeSampler())
     path = Path(s.out) if s.out else HERE / "out/bits"
-    _, c, meta, weights = load(path, ("bits",))
-    method = build(c, meta).to(DEVICE).eval()
-    method.load_state_dict(weights)
+    method, c, meta = load(path, build, ("bits",))
     print(f"{path}: bits, trained on {meta['data']['name']} for {meta['step']:,} steps", file=sys.stderr)
     generate.show(method, Alphabet(meta["alphabet"], raw=c.code == "bytes" or meta["data"]["name"] == "enwik8"), s, c.block_size)
 

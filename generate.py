@@ -124,10 +124,8 @@ def show(method, alphabet, s, T):
 def main(argv):
     s = parse(argv, Sample())
     path = s.out or newest()
-    name, c, meta, weights = load(path)
-    alphabet = Alphabet(meta["alphabet"], raw=meta["data"]["name"] == "enwik8")
-    method = build(c, meta).to(DEVICE).eval()
-    method.load_state_dict(weights)
+    method, c, meta = load(path, build)
+    name, alphabet = meta["method"], Alphabet(meta["alphabet"], raw=meta["data"]["name"] == "enwik8")
     _, known = plan(alphabet, s, c.block_size)
     blank = (~known).nonzero()
     if name == "ar" and len(blank) and known[int(blank[0]):].any():

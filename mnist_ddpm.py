@@ -19,7 +19,7 @@ from config import DEVICE, HERE, RECIPES, Mnist, Picture, parse, run
 from data import Images, whole
 from diffusion import CodeDiffusion, GaussianDiffusion, scales
 from model import Transformer
-from train import RANK, fit, folder, load, reseed, resumed
+from train import folder, load, reseed, start
 
 DIGITS = 10
 
@@ -55,13 +55,13 @@ class Digits(Labelled, GaussianDiffusion):
 
 class LevelDigits(Labelled, CodeDiffusion):
     """The network predicts the probability of each grey level of each pixel: a network whose output is one number cannot tell
-    level 200 from 201 once the noise is as fine as that, which costs the bound a bit."""
+    level 200 from 201 once the noise is as fine as that, and the bound pays for it (LOG.md)."""
 
     sample = GaussianDiffusion.sample   # numbers, not tokens
-    levels = 2                          # draws per image when the whole split is evaluated: one costs as much as five of the others
+    levels = 2                          # draws per image when the whole split is evaluated: 256 numbers a pixel take their time
 
     def told(self, z, gamma):
-        """As above, 3x faster: with one number a code the differences themselves fit, and fp32 holds them."""
+        """As above, in less memory: with one number a code the differences themselves fit, and fp32 holds them."""
         a, _ = scales(gamma)
         return ((z / a)[..., None].float() - self.table[:, 0]).square_().mul_(((-gamma).exp() / -2)[..., None, None].float())
 
@@ -131,31 +131,22 @@ def png(frames, seconds=0.05, hold=1.0):
 
 def train(argv):
     """python mnist_ddpm.py: settings as in config.Mnist."""
-    c = parse(argv, Mnist())
-    if c.resume:
-        c = resumed(argv, c, "mnist")
-    data = Images(c)
-    if data.warning and RANK == 0:
-        print(data.warning)
-    reseed(c.seed)
-    out = folder(c, "mnist")
+    start(argv, parse(argv, Mnist()), "mnist", Images, build, show)
 
-    def show(ema):
-        *_, (x, _) = draw(ema, torch.arange(100) % DIGITS, c, Picture(steps=25))
-        (out / "samples.png").write_bytes(png(grey(grid(x, DIGITS))[None]))
-        tqdm.write(f"a hundred digits, guidance {Picture.guidance:g}: {out / 'samples.png'}")
 
-    if fit(build(c, {}), data, c, {"method": "mnist", **data.meta}, show) and RANK == 0:
-        print(f"done: python mnist_ddpm.py sample{'' if out == HERE / 'out/mnist' else f' --out={out}'} makes more")
+def show(ema, data, c):
+    """A hundred digits of a network in training, ten of each."""
+    *_, (x, _) = draw(ema, torch.arange(100) % DIGITS, c, Picture(steps=25))
+    to = folder(c, "mnist") / "samples.png"
+    to.write_bytes(png(grey(grid(x, DIGITS))[None]))
+    tqdm.write(f"a hundred digits, guidance {Picture.guidance:g}: {to}")
 
 
 def sample(argv):
     """python mnist_ddpm.py sample: settings as in config.Picture."""
     s = parse(argv, Picture())
     path = Path(s.out) if s.out else HERE / "out/mnist"
-    _, c, meta, weights = load(path, ("mnist",))
-    method = build(c, meta).to(DEVICE).eval()
-    method.load_state_dict(weights)
+    method, c, meta = load(path, build, ("mnist",))
     labels = torch.arange(s.n) % DIGITS if s.digit < 0 else torch.full((s.n,), s.digit)
     x = many(method, labels, c, s)
     to = Path(s.png) if s.png else (path if path.is_dir() else path.parent) / "samples.png"

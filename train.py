@@ -29,12 +29,9 @@ from model import Transformer
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
 FIRST = 100   # the first report comes at this step, before anything is compiled
 LOG = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]   # log.csv: losses in nats, bits per character
-CONFIGS = {"masked": Masked, "ar": Masked, "mnist": Mnist, "bits": Bits}
-SCRIPTS = {"masked": "train.py", "ar": "train.py", "mnist": "mnist_ddpm.py", "bits": "analog_bits.py"}
-SAMPLERS = {"masked": "generate.py", "ar": "generate.py", "mnist": "mnist_ddpm.py sample",
-            "bits": "analog_bits.py sample"}
-BAKED = ("objective", "recipe", "predict", "patch", "train_size", "block_size", "n_layer", "n_head", "n_embd", "time", "optimizer",
-         "code", "head", "selfcond", "prior")   # for good
+METHODS = {"masked": (Masked, "train.py", "generate.py"), "ar": (Masked, "train.py", "generate.py"),   # settings, what trains, what samples
+           "mnist": (Mnist, "mnist_ddpm.py", "mnist_ddpm.py sample"), "bits": (Bits, "analog_bits.py", "analog_bits.py sample")}
+BAKED = "objective recipe predict patch train_size block_size n_layer n_head n_embd time optimizer code head selfcond prior".split()   # for good
 
 
 def build(c, meta):
@@ -62,17 +59,13 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
     place = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W         # window w, level j: u = (j + place_w) / levels
     u = ((torch.arange(levels) + place[:, None]) / levels).flatten().to(val.device)   # (W * levels,)
     seeds = np.random.SeedSequence((seed, W)).generate_state(W * levels).tolist()
-    draws = []
-    for rows in torch.arange(W * levels).split(batch_size):
-        nats, t = method.bound(val[rows // levels].long(), u[rows], [seeds[i] for i in rows])
-        draws.append(torch.stack([nats, t]).cpu().double())
-    nats, t = torch.cat(draws, 1)                                                     # (W * levels,) each
+    draws = [method.bound(val[rows // levels].long(), u[rows], [seeds[i] for i in rows]) for rows in torch.arange(W * levels).split(batch_size)]
+    nats, t = (torch.cat(parts).cpu().double() for parts in zip(*draws, strict=True))  # (W * levels,) each
     windows = nats.view(W, levels).mean(1)                                            # (W,)
-    fifth = (5 * t - 1e-6).ceil().clamp(1, 5)
     bound = windows.mean().item()
     return dict(bound=bound, stderr=text_error(windows), bits=bound / math.log(2), windows=windows,
                 masked_ce=((t * nats).sum() / t.sum()).item() if method.noise == "share masked" else math.nan,
-                buckets=[nats[fifth == i].mean().item() for i in range(1, 6)])
+                buckets=[nats[(5 * t - 1e-6).ceil().clamp(1, 5) == i].mean().item() for i in range(1, 6)])
 
 
 def glance(val, c, method):
@@ -103,7 +96,7 @@ def make_room(out, name):
         out = out.resolve()
         aside = next(p for p in (out.with_name(f"{out.name}.{i}") for i in range(1, 10 ** 6)) if not p.exists())
         out.rename(aside)
-        print(f"the run in {out} is now in {aside}; to go on with it: python {SCRIPTS[name]} --resume --out={aside}")
+        print(f"the run in {out} is now in {aside}; to go on with it: python {METHODS[name][1]} --resume --out={aside}")
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -125,21 +118,23 @@ def read(path, methods=("masked", "ar")):
         state = torch.load(path, map_location=DEVICE, weights_only=True)
         name, config = state["method"], state["config"]
         if name not in methods:
-            raise SystemExit(f"{path} is a {name} checkpoint: python {SAMPLERS.get(name, '?')} --out={path}")
-        if extra := config.keys() - {f.name for f in fields(CONFIGS[name])}:
+            raise SystemExit(f"{path} is a {name} checkpoint: python {METHODS[name][2] if name in METHODS else '?'} --out={path}")
+        if extra := config.keys() - {f.name for f in fields(METHODS[name][0])}:
             raise SystemExit(f"{path} was made by another version: it has the setting {min(extra)!r}")
-        return {**{k: state[k] for k in ("alphabet", "data", "step", "ema")}, **state, "config": CONFIGS[name](**config)}
+        return {**{k: state[k] for k in ("alphabet", "data", "step", "ema")}, **state, "config": METHODS[name][0](**config)}
     except FileNotFoundError:
         raise SystemExit(f"no checkpoint at {path}: train first, or pass --out=FOLDER") from None
     except Exception as e:   # whatever torch.load makes of a file that is cut or foreign
         raise SystemExit(f"{path} is damaged, or no checkpoint of this project ({type(e).__name__})") from None
 
 
-def load(path, methods=("masked", "ar")):
-    """A checkpoint, or the folder of a run (its best.pt) -> (method name, settings, meta, fp32 weights); errors as in `read`."""
+def load(path, build, methods=("masked", "ar")):
+    """A checkpoint, or a run's folder (its best.pt) -> (build(settings, meta) with the averaged weights, settings, meta); errors: `read`'s."""
     state = read(Path(path) / "best.pt" if Path(path).is_dir() else Path(path), methods)
-    meta = {k: state[k] for k in ("method", "alphabet", "data", "step")}
-    return state["method"], state["config"], meta, {k: v.float() for k, v in state["ema"].items()}
+    c, meta = state["config"], {k: state[k] for k in ("method", "alphabet", "data", "step")}
+    method = build(c, meta)
+    method.load_state_dict(state["ema"])                                              # into fp32, whatever it was saved in
+    return method.to(DEVICE).eval(), c, meta
 
 
 def restore(out, c, meta, parts):
@@ -157,7 +152,7 @@ def restore(out, c, meta, parts):
 
 def resumed(argv, c, name):
     """The settings a run goes on with: its own, but for what is typed in argv; told, and refused where the network would change."""
-    was = replace(read(folder(c, name) / "ckpt.pt", [m for m in CONFIGS if CONFIGS[m] is type(c)])["config"], out=c.out, resume=True)
+    was = replace(read(folder(c, name) / "ckpt.pt", [m for m in METHODS if METHODS[m][0] is type(c)])["config"], out=c.out, resume=True)
     now = parse(argv, was)
     for k, old in asdict(was).items():
         new = getattr(now, k)
@@ -185,10 +180,8 @@ def optimizers(method, c):
     """AdamW for everything; or with optimizer=muon, Muon for the matrices of the blocks at the same learning rate."""
     muon = {n: p for n, p in method.named_parameters() if c.optimizer == "muon" and "blocks." in n and n.endswith("weight")}
     rest = [p for n, p in method.named_parameters() if n not in muon]
-    opts = [torch.optim.AdamW(rest, betas=(.9, .98), weight_decay=c.weight_decay, fused=True)]
-    if muon:
-        opts.append(torch.optim.Muon(muon.values(), weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return opts
+    adamw = torch.optim.AdamW(rest, betas=(.9, .98), weight_decay=c.weight_decay, fused=True)
+    return [adamw, torch.optim.Muon(muon.values(), weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")] if muon else [adamw]
 
 
 def compile_net(method, data, c):
@@ -360,27 +353,31 @@ def fit(method, data, c, meta, show=None):
     return ema
 
 
-def main(argv):
-    c = parse(argv, Masked())
-    if c.resume:
-        c = resumed(argv, c, c.objective)
-    data = Text(c)
-    warn = (lambda: print(data.warning)) if data.warning and RANK == 0 else (lambda: None)
-    warn()
-    meta = {"method": c.objective, **data.meta}
+def start(argv, c, name, read_data, build, show):
+    """What every script that trains does with its settings c: resume or begin, read the data, fit, and say how to sample.
+    name of the method; read_data(c), build(c, meta); show(averaged method, data, c) after each evaluation."""
+    c = resumed(argv, c, name) if c.resume else c
+    data, out = read_data(c), folder(c, name)
+    if data.warning and RANK == 0:
+        print(data.warning)
     reseed(c.seed)
-    method = build(c, meta)
+    if fit(build(c, data.meta), data, c, {"method": name, **data.meta}, lambda ema: show(ema, data, c)) and RANK == 0:
+        print(f"done: python {METHODS[name][2]}{'' if out == HERE / 'out' / name and name != 'ar' else f' --out={out}'} writes with it")
 
-    def show(ema):
+
+def show_text(how):
+    """-> show for `start`: one block of text, by the sampler's settings how, the same noise every time."""
+    def show(ema, data, c):
         reseed(c.seed)
         nothing = torch.zeros(1, c.block_size, dtype=torch.long, device=DEVICE)
-        *_, (x, sure) = ema.sample(nothing, nothing > 0, Sample(steps=64))
+        *_, (x, sure) = ema.sample(nothing, nothing > 0, how)
         tqdm.write("\n" + data.alphabet.paint(x[0].tolist(), sure[0].tolist(), COLOR) + "\n")
+    return show
 
-    if fit(method, data, c, meta, show) and RANK == 0:
-        out = folder(c, c.objective)
-        print(f"done: python generate.py{'' if out == HERE / 'out/masked' else f' --out={out}'} writes with it")
-    warn()
+
+def main(argv):
+    c = parse(argv, Masked())
+    start(argv, c, c.objective, Text, build, show_text(Sample(steps=64)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mnist_ddpm  # noqa: E402
 import train  # noqa: E402
-from config import DEVICE, HERE, Picture, Sample, run  # noqa: E402
+from config import HERE, Picture, Sample, run  # noqa: E402
 from data import Alphabet  # noqa: E402
 from generate import plan, write  # noqa: E402
 from mnist_ddpm import draw, grey, grid, png  # noqa: E402
@@ -18,23 +18,20 @@ LOOKS = 8
 
 
 def main(argv):
-    _, c, meta, weights = train.load(argv[0], ("mnist",))
-    method = mnist_ddpm.build(c, meta).to(DEVICE).eval()
-    method.load_state_dict(weights)
+    method, c, _ = train.load(argv[0] if argv else HERE / "out/mnist", mnist_ddpm.build, ("mnist",))
     frames = list(draw(method, torch.arange(100) % 10, c, Picture()))
     every = torch.linspace(0, len(frames) - 1, LOOKS).round().int().tolist()
     (HERE / "results/digits.png").write_bytes(png(grey(grid(frames[-1][0], 20))[None]))
     strip = torch.stack([frames[i][0][d] for d in (7, 2) for i in every])
     (HERE / "results/strip.png").write_bytes(png(grey(grid(strip, LOOKS))[None]))
 
-    _, c, meta, weights = train.load(HERE / "results/masked.pt")
-    method, alphabet, s = train.build(c, meta).to(DEVICE).eval(), Alphabet(meta["alphabet"]), Sample(length=60, steps=64)
-    method.load_state_dict(weights)
+    method, c, meta = train.load(HERE / "results/masked.pt", train.build)
+    alphabet, s = Alphabet(meta["alphabet"]), Sample(length=60, steps=64)
     ids, known = plan(alphabet, s, c.block_size)
     train.reseed(s.seed)
-    frames = [(x, x) for x in [torch.full((1, 60), method.mask)]] + list(write(method, ids, known, c.block_size, s))
-    for i in torch.linspace(0, len(frames) - 1, LOOKS).round().int().tolist():
-        print(f"{i:3} calls   {alphabet.decode(frames[i][0][0].tolist()).replace(chr(10), '/')}")
+    texts = [torch.full((1, 60), method.mask), *(x for x, _ in write(method, ids, known, c.block_size, s))]
+    for i in torch.linspace(0, len(texts) - 1, LOOKS).round().int().tolist():
+        print(f"{i:3} calls   {alphabet.decode(texts[i][0].tolist()).replace(chr(10), '/')}")
 
 
 if __name__ == "__main__":

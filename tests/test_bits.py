@@ -1,13 +1,10 @@
 """analog_bits.py: every code there and back, per-bit and factorised heads against each other, the script as it is typed."""
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 from torch import nn
 
 import analog_bits
@@ -19,7 +16,6 @@ from config import Bits, CodeSampler
 from data import Alphabet
 from train import reseed
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60",
         "--train_size=20000"]
 
@@ -111,12 +107,6 @@ def test_every_parameter_gets_a_gradient(k, coin, half, monkeypatch):
     assert loss.isfinite() and scaler.get_scale() >= (2. ** 10 if half else 1) and len(seen) == (8 if coin == 0 else 4)
     without = [n for n, p in m.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
-
-
-def run(*args, code=0, **env):
-    r = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **env}, timeout=300)
-    assert r.returncode == code, r.stderr
-    return r
 
 
 def test_train_sample_resume_and_the_wrong_script(tmp_path):

@@ -1,13 +1,10 @@
 """mnist_ddpm.py: pictures that are what was drawn, and the script as a newcomer types it, on digits drawn by the program."""
-import os
 import struct
-import subprocess
-import sys
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 
 import data
 import evaluate
@@ -16,7 +13,6 @@ import mnist_ddpm
 from config import Mnist, Picture, parse
 from mnist_ddpm import build, draw, grey, grid, png
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--dataset=digits", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60", "--train_size=500"]
 
 
@@ -106,12 +102,6 @@ def test_the_same_seed_draws_the_same_pictures():
         torch.nn.init.normal_(p, std=.3)
     a, b, other = ([x for x, _ in draw(m, torch.arange(3), c, Picture(steps=3, sampler="ancestral", seed=s))] for s in (1, 1, 2))
     assert len(a) == 3 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[0], other[0])
-
-
-def run(*args, code=0, **env):
-    r = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **env}, timeout=300)
-    assert r.returncode == code, r.stderr
-    return r
 
 
 def test_train_sample_resume_and_the_wrong_script(tmp_path):

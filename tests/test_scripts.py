@@ -4,23 +4,16 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, run
 
 from config import Sample
 from generate import draw, write
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--dataset=pydoc", "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32", "--batch_size=8", "--max_iters=120",
         "--eval_interval=60"]
-
-
-def run(*args, **env):
-    r = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **env}, timeout=300)
-    assert r.returncode == 0, r.stderr
-    return r
 
 
 @pytest.fixture(scope="module")

@@ -270,13 +270,22 @@ def test_training_learns_and_best_is_the_lowest(corpus, tmp_path):
         train.main([corpus, *TINY, "--n_embd=32", "--max_iters=300", "--eval_interval=100", "--dropout=0", "--learning_rate=2e-2",
                     f"--objective={objective}", f"--out={out}"])
         rows = log(out)
-        name, c, meta, w = train.load(out)
+        m, c, meta = train.load(out, train.build)
         best = min(rows, key=lambda r: float(r["bound"]))
-        assert float(best["bound"]) < math.log(len(meta["alphabet"])) * .7 and str(meta["step"]) == best["step"] and name == objective
-        m = train.build(c, meta).eval()
-        m.load_state_dict(w)
+        assert float(best["bound"]) < math.log(len(meta["alphabet"])) * .7 and str(meta["step"]) == best["step"] and meta["method"] == objective
         e = train.evaluate(m, Text(c).val, m.levels)
         assert e["bound"] == torch.load(out / "best.pt", weights_only=True)["bound"]
+
+
+@pytest.mark.parametrize("early_stopping, kept", [(True, 40), (False, 120)])
+def test_a_rising_bound_ends_early_where_it_says_something(early_stopping, kept, corpus, tmp_path, monkeypatch):
+    """best.pt has the weights of the lowest bound; those of the last step where the method says that its bound chooses nothing."""
+    glances, evaluate = iter([1.0, .5, 2.0, 3.0]), train.evaluate
+    monkeypatch.setattr(train, "FIRST", 20)
+    monkeypatch.setattr(train, "evaluate", lambda *a: {**evaluate(*a), "bound": next(glances, 3.0)})
+    monkeypatch.setattr(train.MaskedDiffusion, "early_stopping", early_stopping)
+    train.main([corpus, *TINY, "--max_iters=120", "--eval_interval=40", f"--out={tmp_path}/run"])
+    assert train.load(tmp_path / "run", train.build)[2]["step"] == kept
 
 
 def test_the_rate_rises_holds_and_falls_to_zero():
