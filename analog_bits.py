@@ -47,7 +47,7 @@ class Characters(CodeDiffusion):
     unit = "char"
 
     def __init__(self, net, codes, c):
-        super().__init__(net, codes, c.schedule, c.weight, ENDS, c.selfcond, c.prior, c.prompts)
+        super().__init__(net, codes, c.schedule, c.weight, ENDS, c.selfcond, c.prior, c.prompts, c.spread, c.hint)
         self.mask = len(codes)                                                        # what `generate.write` puts where nothing is yet
 
     def forward(self, x0):
@@ -91,7 +91,8 @@ def build(c, meta):
     """The method of a run: c its Bits settings, meta its alphabet."""
     codes = table(c.code, Alphabet(meta["alphabet"]))
     V, K = codes.shape
-    net = Transformer(c, nn.Linear(K * (1 + c.selfcond), c.n_embd), 2 * K if c.head == "bits" else V)
+    out = 2 * K if c.head == "bits" else V                                            # probabilities: given, and shown as the hint
+    net = Transformer(c, nn.Linear(K * (1 + c.selfcond) + out * c.hint, c.n_embd), out)
     return (LoneBits if c.head == "bits" else Characters)(net, codes, c)
 
 

@@ -122,11 +122,14 @@ class Bits(Config):   # analog_bits.py: Gaussian diffusion over the bits of char
     weight: Literal["ce", "elbo"] = "ce"                   # of the training loss: cross-entropy, no bound; or the bound
     selfcond: bool = True          # show the network its own earlier guess
     prior: bool = True             # add to its logits what the noisy bits themselves say
+    hint: bool = True              # show the network those probabilities, too
+    spread: float = 3.0            # 0: all characters equally noisy; more: they take turns, in random order
     prompts: float = 0.25          # share of the training windows that have a clean part, for prompts and blanks
-    time: bool = True              # feed the network the noise level
+    time: bool = False             # feed the network the noise level (it can see it)
 
     def __post_init__(self):
         super().__post_init__()
+        at_least(self, 0, "spread")
         if not 0 <= self.prompts < 1:
             raise SystemExit(f"prompts={self.prompts} is a share, below 1")
 
@@ -173,7 +176,7 @@ class Picture:   # mnist_ddpm.py sample: which digits, and how they are made
     out: str = ""                  # folder of a run or a checkpoint; empty: out/mnist
     n: int = 64
     digit: int = -1                # 0 to 9; -1: all in turn
-    guidance: float = 1.5          # 1: as trained with labels, 0: without; above 1 exaggerates the label
+    guidance: float = 1.4          # 1: as trained with labels, 0: without; above 1 exaggerates the label
     steps: int = 50
     sampler: Literal["ddim", "ancestral"] = "ddim"
     td: float = 0.0                # take the state so many steps further than its label says (asymmetric time intervals)

@@ -14,6 +14,11 @@ def stream(seeds, draw):
     return torch.stack([draw(torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+def stratified(B, device):
+    """B times in [0, 1], one uniform draw in each B-th of it: (B, 1) float64."""
+    return ((torch.arange(B, device=device) + torch.rand(B, device=device, dtype=torch.float64)) / B)[:, None]
+
+
 def predicted(logits, s):
     """The distribution sampled from: logits (..., V) -> probabilities (..., V), by s.temperature (0: argmax) and s.top_k."""
     if s.top_k:
@@ -272,10 +277,9 @@ class GaussianDiffusion(nn.Module):
         """xhat (B, T, K), float64, for z (B, T, K) and what is known beside it, extra (B, T, N), all zeros where it is hidden."""
         return self.to_x(self.output(z, gamma, extra).double(), z, *scales(gamma))
 
-    def noised(self, x0):
-        """Tokens at noise levels stratified over the batch, t uniform in [0, 1]: clean x and noisy z (B, T, K), gamma and its slope (B, 1)."""
-        t = (torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device, dtype=torch.float64)) / len(x0)
-        gamma, slope = self.gamma(t[:, None])
+    def noised(self, x0, t):
+        """Tokens x0 at t: clean x and noisy z (B, T, K), gamma and its slope in the shape of t."""
+        gamma, slope = self.gamma(t)
         x, (a, s) = self.clean(x0), scales(gamma)
         return x, a * x + s * torch.randn(x.shape, device=x.device), gamma, slope
 
@@ -283,7 +287,7 @@ class GaussianDiffusion(nn.Module):
         """Training loss of a batch (x0 (B, T, K), extra (B, T, N)): the mean of weight * |x - xhat|^2 over t. simple: the plain error of
         what the network predicts; min-snr: Hang et al. 2023; elbo: the integral of the bound, nats per number."""
         x0, extra = batch
-        x, z, gamma, slope = self.noised(x0)
+        x, z, gamma, slope = self.noised(x0, stratified(len(x0), x0.device))
         snr = (-gamma).exp()
         weight = {"simple": self.plain(snr), "elbo": snr * slope / 2, "min-snr": snr.clamp(max=5)}[self.weight]       # (B, 1)
         return (weight * (x - self.denoise(z, gamma, extra)).square().mean(2)).mean().float()
@@ -296,15 +300,20 @@ class GaussianDiffusion(nn.Module):
         total = logit(near).masked_fill((near < 0) | (near >= self.V), -math.inf).logsumexp(-1)
         return (total - logit(x0[..., None])[..., 0]).sum((1, 2))
 
+    def turns(self, t, u):
+        """At time t (B, 1): each position's own time in [0, 1], (B, 1) or (B, T), and how fast it runs; u() draws uniform numbers (B, T)."""
+        return t, 1
+
     def bound(self, x0, u, seeds):
         """One draw of the bound for each row of x0 (B, T, K) or (B, T), with nothing known beside it, at u (B,) in (0, 1] of the way from
         gamma_0 to gamma_1 -> (nats per number of x0 (B,), u)."""
         x, (low, high) = self.clean(x0), self.ends
         eps, eps0 = stream(seeds, lambda g: torch.randn(2, *x.shape[1:], generator=g)).to(x.device).unbind(1)
-        gamma = low + u.double()[:, None] * (high - low)
+        own, speed = self.turns(u.double()[:, None], lambda: stream([i + 1 for i in seeds], lambda g: torch.rand(x.size(1), generator=g)))
+        gamma = low + own * (high - low)
         (a, s), (a0, s0), (a1, s1) = scales(gamma), *(scales(torch.full_like(gamma, end)) for end in (low, high))
         xhat = self.denoise(a * x + s * eps, gamma, x.new_zeros(*x.shape[:2], self.extra))
-        integral = (high - low) / 2 * ((-gamma).exp() * (x - xhat).square().sum(2)).sum(1)
+        integral = (high - low) / 2 * (speed * (-gamma).exp() * (x - xhat).square().sum(2)).sum(1)
         prior = ((a1 * x).square() + s1 ** 2 - 1 - 2 * s1.log()).sum((1, 2)) / 2
         return (integral + prior + self.reconstruction(x0, a0 * x + s0 * eps0)) / x0[0].numel(), u
 
@@ -336,16 +345,18 @@ class CodeDiffusion(GaussianDiffusion):
     """Of tokens 0..V-1 through their codes, the rows of a table (V, K): grey levels, bits or embeddings; a position holds N tokens.
 
     net(x, t): x (B, T, N K + extra) -> logits (B, T, N V): what the context says of each token. What z itself says of it is known exactly
-    and added (the analytic prior), so that an untrained network has the bound log V; xhat is the mean code, softmax(logits) C. With
-    selfcond the network is also shown an earlier xhat of its own, or zeros (Chen et al. 2022): in training for half the batches, then
-    always. A share `prompts` of the training examples have clean parts (`clean_part`), which do not count."""
+    and added (the analytic prior), so that an untrained network has the bound log V; xhat is the mean code, softmax(logits) C. With hint
+    the network is shown the probabilities of the tokens by z alone, N V more numbers, with selfcond an earlier xhat of its own, or zeros
+    (Chen et al. 2022): in training for half the batches, then always. A share `prompts` of the training examples have clean parts
+    (`clean_part`), which do not count. spread: see `turns`."""
 
     early_stopping = True
 
-    def __init__(self, net, table, schedule="cosine", weight="ce", ends=(-13.3, 10.0), selfcond=False, prior=True, prompts=0.0):
+    def __init__(self, net, table, schedule="cosine", weight="ce", ends=(-13.3, 10.0), selfcond=False, prior=True, prompts=0.0,
+                 spread=0.0, hint=False):
         super().__init__(net, "x0", schedule, weight, ends)
         self.register_buffer("table", table, persistent=False)
-        self.selfcond, self.prior, self.prompts = selfcond, prior, prompts
+        self.selfcond, self.prior, self.prompts, self.spread, self.hint = selfcond, prior, prompts, spread, hint
 
     def clean(self, x0):
         """Tokens (B, T, N) as codes (B, T, N K), float64."""
@@ -356,16 +367,25 @@ class CodeDiffusion(GaussianDiffusion):
         q, C = (z / scales(gamma)[0]).unflatten(2, (-1, self.table.size(1))), self.table.double()
         return (q @ C.T - C.square().sum(1) / 2) * (-gamma).exp()[..., None, None]
 
+    def turns(self, t, u):
+        """Position i, at place p_i in (0, 1) of a random order, is at its own time (1 + spread) t - spread p_i, between 0 and 1. So with
+        spread 0 all are equally noisy, and the more of it, the fewer are on their way at once, the others clean or all noise: from the
+        Gaussian diffusion of the papers towards one character at a time, as in masked diffusion. The bound holds for any order."""
+        if not self.spread:
+            return t, 1
+        place = u().argsort(1).to(t)                                                 # (B, T), 0 to T-1
+        own = (1 + self.spread) * t - self.spread * (place + .5) / place.size(1)
+        return own.clamp(0, 1), (1 + self.spread) * ((own > 0) & (own < 1))
+
     def logits(self, z, gamma, extra, before=None):
         """log p(token | z, extra) (B, T, N, V), fp32, but for a constant; before (B, T, N K): an earlier xhat."""
         if self.selfcond:
             extra = torch.cat([torch.zeros_like(z) if before is None else before, extra], -1)
-        out = self.output(z, gamma, extra)
-        out = out.view(*z.shape[:2], -1, len(self.table))
-        if not self.prior:
-            return out
-        told = self.told(z, gamma)
-        return told.sub_(told.amax(-1, keepdim=True)).float() + out
+        told = self.told(z, gamma) if self.prior or self.hint else None
+        if self.hint:
+            extra = torch.cat([told.softmax(-1).flatten(2), extra], -1)
+        out = self.output(z, gamma, extra).view(*z.shape[:2], -1, len(self.table))
+        return told.sub_(told.amax(-1, keepdim=True)).float() + out if self.prior else out
 
     def mean(self, logits):
         """xhat (B, T, N K), float64, of logits (B, T, N, V): the mean code."""
@@ -377,20 +397,22 @@ class CodeDiffusion(GaussianDiffusion):
         return self.mean(self.logits(z, gamma, extra, before))
 
     def forward(self, batch):
-        """Training loss of a batch (x0 (B, T, N), extra): ce, the mean cross-entropy of the tokens over t, which is no bound; or elbo, the
-        integral of the bound in nats per token. Known positions are clean and do not count."""
+        """Training loss of a batch (x0 (B, T, N), extra): ce, the mean cross-entropy over t of the tokens that have any noise, which is no
+        bound; or elbo, the integral of the bound in nats per token. Known positions are clean and do not count."""
         x0, extra = batch
-        x, z, gamma, slope = self.noised(x0)
+        own, speed = self.turns(stratified(len(x0), x0.device), lambda: torch.rand(x0.shape[:2], device=x0.device))
+        x, z, gamma, slope = self.noised(x0, own)
         known = clean_part(*x0.shape[:2], self.prompts, x0.device)                    # (B, T)
         z, gamma = torch.where(known[..., None], x, z), torch.where(known, self.ends[0], gamma)
         before = None
         if self.selfcond and torch.rand(()) < .5:
             with torch.no_grad():
                 before = self.mean(self.logits(z, gamma, extra))
-        logits, counts = self.logits(z, gamma, extra, before), ~known / (~known).sum() / x0.size(2)
+        logits, counts = self.logits(z, gamma, extra, before), ~known & (own > 0) if self.weight == "ce" else ~known
+        counts = counts / counts.sum().clamp(min=1) / x0.size(2)                      # (B, T)
         if self.weight == "ce":
             return (F.cross_entropy(logits.flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape).sum(2) * counts).sum()
-        return (counts * (-gamma).exp() * slope / 2 * (x - self.mean(logits)).square().sum(2)).sum().float()
+        return (counts * speed * (-gamma).exp() * slope / 2 * (x - self.mean(logits)).square().sum(2)).sum().float()
 
     def reconstruction(self, x0, z):
         """-log p(x0 | z) in nats (B,) at gamma_0, by what z says alone."""
@@ -404,10 +426,12 @@ class CodeDiffusion(GaussianDiffusion):
 
         The network is shown the xhat of the step before, or with s.twice of a first pass at the same z. Known positions are clean, as in
         training, or with s.replace as noisy as the others, for a network that never saw a clean one. s.td: see GaussianDiffusion."""
-        codes, before, here = self.clean(x), None, self.gamma(torch.ones(len(x), 1, dtype=torch.float64, device=x.device))[0]
+        codes, before, order = self.clean(x), None, torch.rand(known.shape).to(x.device)
         eps, z, extra = torch.randn(2, *codes.shape, dtype=torch.float64).to(x.device).unbind(0) + (codes.new_zeros(*codes.shape[:2], 0),)
+        level_at = lambda i: self.gamma(self.turns(z.new_full((len(z), 1), max(i / s.steps, 0)), lambda: order)[0])[0]
+        here = level_at(s.steps)
         for i in range(s.steps, 0, -1):
-            (gamma, _), (to, _) = (self.gamma(z.new_full((len(z), 1), max(at / s.steps, 0))) for at in (i, i - 1 - s.td))
+            gamma, to = level_at(i), level_at(i - 1 - s.td)
             a, sd = scales(here)                                                      # where the last step went: with td, beyond its label
             z = torch.where(known[..., None], a * codes + sd * eps if s.replace else codes, z)
             level = gamma.expand(known.shape) if s.replace else torch.where(known, self.ends[0], gamma)

@@ -31,7 +31,7 @@ FIRST = 100   # the first report comes at this step, before anything is compiled
 LOG = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]   # log.csv: losses in nats, bits per character
 METHODS = {"masked": (Masked, "train.py", "generate.py"), "ar": (Masked, "train.py", "generate.py"),   # settings, what trains, what samples
            "mnist": (Mnist, "mnist_ddpm.py", "mnist_ddpm.py sample"), "bits": (Bits, "analog_bits.py", "analog_bits.py sample")}
-BAKED = "objective recipe predict patch train_size block_size n_layer n_head n_embd time optimizer code head selfcond prior".split()   # for good
+BAKED = "objective recipe predict patch train_size block_size n_layer n_head n_embd time optimizer code head selfcond prior hint".split()   # for good
 
 
 def build(c, meta):

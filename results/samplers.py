@@ -1,7 +1,8 @@
-"""Quality against network calls: every way to sample one masked checkpoint, a row each; or only the tables that are named:
+"""Quality against network calls: every way to sample one checkpoint of text, a row each; or only the tables that are named:
 
     python results/samplers.py --out=results/masked.pt --n=100
     python results/samplers.py "head to head" --n=400
+    python results/samplers.py --out=out/bits --judge=out/ar --n=300
 
 A row is what `python evaluate.py --bound=False` prints with the row's settings; only infilling, which no sampler setting touches, is left out."""
 import sys
@@ -15,7 +16,7 @@ from generate import newest  # noqa: E402
 
 ORDERS = ("random", "confidence", "margin", "entropy")
 PLAIN = dict(order="random", temperature=1.0, remask=0.0, apart=0)
-TABLES = {
+MASKED = {
     "one network call": [PLAIN | dict(steps=1)],
     "even counts": [PLAIN | dict(order=o, steps=k) for k in (8, 16, 32, 64, 128) for o in ORDERS],
     "even counts, apart": [PLAIN | dict(order=o, steps=k, apart=4) for k in (16, 32, 43, 64) for o in ORDERS]
@@ -30,19 +31,26 @@ TABLES = {
                      *(PLAIN | dict(order="margin", steps=43, apart=4, temperature=t) for t in (1.0, 1.05))],
     "remasking": [dict(), dict(temperature=1.0), PLAIN | dict(remask=.01), PLAIN | dict(remask=.01, remask_by="random")],
 }
+CODES = {   # bits and embeddings
+    **{f"{k} steps": [dict(sampler=o, td=td, gaussian_steps=k) for o in ("ddim", "ancestral") for td in (0., .5, 1., 2., 5., 10.)]
+       for k in (10, 50, 250)},
+    "two passes": [dict(sampler=o, td=td, gaussian_steps=k, twice=True) for k in (25, 125) for o in ("ddim", "ancestral") for td in (0., 1.)],
+    "2,000 steps": [dict(sampler="ancestral", gaussian_steps=2000), dict(sampler="ddim", td=1., gaussian_steps=2000)],
+}
 
 
 def main(argv):
-    s = parse([a for a in argv if a not in TABLES], Evaluate())
+    s = parse([a for a in argv if a not in MASKED | CODES], Evaluate())
     at_least(s, 2, "n")
     k = open_checkpoint(s.out or newest())
+    tables = MASKED if k.name == "masked" else CODES
     data, blocks, judge = sample_setup(k, s, judge_of(s))
     k.method.net.compile(dynamic=False)                                               # one shape of batch: twice as fast on a CPU
-    sample(k, len(blocks), replace(s, steps=2))                                       # it is compiled at the first call
+    sample(k, len(blocks), replace(s, steps=2, gaussian_steps=2))              # it is compiled at the first call
     print(stamp() + "\n\n" + HEAD)
     print(sample_row(f"{data.name}, held out", blocks, data, judge), flush=True)
-    for title in [a for a in argv if a in TABLES] or TABLES:
-        for row in TABLES[title]:
+    for title in [a for a in argv if a in tables] or tables:
+        for row in tables[title]:
             x, calls, speed = sample(k, len(blocks), replace(s, **row))
             shown = [f"{name}={value}" for name, value in row.items() if value != 0] or ["the default"]
             print(sample_row(f"{title}: {', '.join(shown)}", x, data, judge, ("", f"{calls:.1f}", f"{speed:,.0f}")), flush=True)

@@ -369,12 +369,13 @@ CODES = {**TABLES, "unequal": torch.randn(27, 6, generator=torch.Generator().man
          "grey": torch.linspace(-1, 1, 256)[:, None]}
 
 
+@pytest.mark.parametrize("spread", [0, 3])
 @pytest.mark.parametrize("code", CODES)
-def test_a_silent_network_has_the_bound_log_V(code):
-    """The analytic prior alone: -log p of any token is log V, several tokens to a position too."""
+def test_a_silent_network_has_the_bound_log_V(code, spread):
+    """The analytic prior alone: -log p of any token is log V, several tokens to a position too, all together or in turns."""
     table = CODES[code]
     V, ends = len(table), (-13.3 if code == "grey" else -8., 10.)
-    m = CodeDiffusion(Says(torch.zeros(2 * V)), table, ends=ends)
+    m = CodeDiffusion(Says(torch.zeros(2 * V)), table, ends=ends, spread=spread)
     x0 = torch.randint(V, (1000, 8, 2), generator=torch.Generator().manual_seed(0))
     e = evaluate(m, x0, 8)
     assert e["bound"] == pytest.approx(math.log(V), abs=max(.015 * math.log(V), 4 * e["stderr"]))
@@ -385,6 +386,79 @@ def test_a_network_that_knows_the_source_has_its_entropy(code):
     x0 = torch.multinomial(P, 3000 * 16, replacement=True, generator=torch.Generator().manual_seed(0)).view(3000, 16, 1)
     m = CodeDiffusion(Says(P.log().float()), TABLES[code], ends=(-6., 8.))
     assert evaluate(m, x0, 8)["bound"] == pytest.approx(-P.log()[x0].mean().item(), abs=.04)
+
+
+JOINT = torch.tensor([.3, .02, .1, .01, .05, .2, .02, .3])                             # of three tokens 0 and 1 that depend on each other
+STATES = torch.tensor([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)])
+
+
+class Bayes(nn.Module):
+    """The exact denoiser of three tokens drawn from JOINT, each at a noise level of its own: logits of what the other two tell."""
+
+    def __init__(self, table, ends):
+        super().__init__()
+        self.table, self.ends = table.double(), ends
+
+    def forward(self, x, t):
+        z, gamma = x.double(), (self.ends[0] + t.double() * (self.ends[1] - self.ends[0])).expand(len(x), 3)
+        a, s = scales(gamma)
+        told = -(z[:, :, None] - a[..., None] * self.table).square().sum(-1) / (2 * s ** 2)               # (B, 3, 2)
+        state = (JOINT.double().log() + sum(told[:, i, STATES[:, i]] for i in range(3))).softmax(-1)     # (B, 8)
+        one = torch.stack([state[:, STATES[:, i] == 1].sum(1) for i in range(3)], 1).clamp(1e-30, 1)
+        zero = torch.stack([state[:, STATES[:, i] == 0].sum(1) for i in range(3)], 1).clamp(1e-30, 1)
+        return (torch.stack([zero, one], -1).log() - told.log_softmax(-1)).float()
+
+
+@pytest.mark.parametrize("spread", [0, 1, 6])
+def test_in_any_order_the_bound_of_a_known_joint_source_is_its_entropy_and_samples_follow_it(spread):
+    ends, table = (-5., 7.), torch.tensor([[-1., 1.], [1., 1.]])
+    m = CodeDiffusion(Bayes(table, ends), table, ends=ends, spread=spread)
+    x0 = STATES[torch.multinomial(JOINT, 6000, replacement=True, generator=torch.Generator().manual_seed(0))][..., None]
+    code = (x0[..., 0] * torch.tensor([4, 2, 1])).sum(1)
+    e = evaluate(m, x0, 8)
+    assert e["bound"] == pytest.approx(-JOINT.log()[code].mean().item() / 3, abs=.01)
+    torch.manual_seed(0)
+    how = sampler(**PLAIN | {"steps": 40 * (1 + spread), "sampler": "ancestral"})
+    *_, (y, _) = m.sample(torch.zeros(6000, 3, 1, dtype=torch.long), torch.zeros(6000, 3).bool(), how)
+    share = (y[..., 0] * torch.tensor([4, 2, 1])).sum(1).bincount(minlength=8) / 6000
+    assert (share - JOINT).abs().sum() / 2 < .03
+
+
+def test_turns():
+    """All begin as noise and end clean, each in a 1 / (1 + spread)-th of the time, evenly in random order; without spread all at once."""
+    m, times = CodeDiffusion(Says(torch.zeros(27)), TABLES["unit"], spread=3.), torch.linspace(0, 1, 2001).double()
+    u = torch.rand(5, 40, generator=torch.Generator().manual_seed(0))
+    own, speed = (torch.stack(parts) for parts in zip(*(m.turns(t.expand(5, 1), lambda: u) for t in times), strict=True))   # (2001, 5, 40)
+    assert (own[0] == 0).all() and (own[-1] == 1).all() and (own.diff(dim=0) >= 0).all()
+    assert set(speed.unique().tolist()) == {0, 4} and torch.allclose((speed > 0).double().mean(0), torch.full((5, 40), .25).double(), atol=1e-3)
+    clean_at = (own == 0).sum(0).double() / 2001                                      # the least of the order is clean last, on the way back
+    assert torch.allclose(clean_at.sort(1).values, .75 * (torch.arange(40) + .5).expand(5, 40).double() / 40, atol=2e-3)
+    assert len({tuple(row.argsort().tolist()) for row in clean_at}) == 5
+    together = CodeDiffusion(Says(torch.zeros(27)), TABLES["unit"])
+    assert together.turns(times[:, None], None)[0].equal(times[:, None]) and together.turns(times[:, None], None)[1] == 1
+
+
+def test_tokens_that_are_clean_do_not_count_and_all_others_do():
+    """spread: tokens whose turn is yet to come (pure noise) train the network too; those that are clean would only flatter the loss."""
+    m, seen = CodeDiffusion(Says(torch.zeros(27)), TABLES["unit"], ends=(-6., 8.), spread=5.), []
+    m.net.register_forward_pre_hook(lambda _, args: seen.append(args[1][..., None]))
+    x0, losses = torch.randint(27, (64, 30, 1)), []
+    wrong = nn.functional.one_hot((x0[..., 0] + 1) % 27, 27) * 50.
+    for said in (lambda: torch.zeros(27), lambda: wrong * (seen[0] == 0), lambda: wrong * (seen[0] == 1)):
+        m.net.logits = said()
+        torch.manual_seed(0)
+        losses.append(m((x0, torch.zeros(64, 30, 0))).item())
+    assert losses[1] == losses[0] and losses[2] > 5 * losses[0] and .3 < (seen[0] == 0).float().mean() < .7
+
+
+def test_the_hint_is_what_z_says():
+    m, seen = CodeDiffusion(Says(torch.zeros(27)), CODES["unequal"], selfcond=True, hint=True), []
+    m.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    z, gamma = torch.randn(2, 5, 6).double(), torch.tensor([[-1.], [1.]]).double()
+    m.logits(z, gamma, z.new_zeros(2, 5, 0), z * 0 + .5)
+    shown, hint, before = seen[0].split([6, 27, 6], -1)
+    assert torch.equal(shown, z.float()) and (before == .5).all()
+    assert torch.allclose(hint.double(), m.told(z, gamma)[:, :, 0].softmax(-1), atol=1e-6)
 
 
 def test_an_oracle_returns_the_tokens_and_its_bound_is_the_prior_kl():

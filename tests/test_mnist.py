@@ -148,6 +148,10 @@ def test_the_table_of_digits(tmp_path, monkeypatch, capsys):
         assert len(rows) == 6 and len({len(r) for r in rows}) == 1 and " 1.5, 3 ddim steps" in told.out
         assert [r[1] for r in rows[1:]] == ["20"] * 5 and rows[1][4] == "1.0" and rows[2][2] == ""
     assert "training two readers" not in told.err and len(list((tmp_path / "out").glob("readers-*.pt"))) == 1
+    distances = iter(map(float, range(10)))                                           # of ten draws of real digits: the floor is their mean
+    monkeypatch.setattr(evaluate, "frechet", lambda *_: next(distances))
+    real = evaluate.real_digits("digits", "", evaluate.open_checkpoint(tmp_path / "best").meta["data"]["sha256"])
+    assert evaluate.digit_floor(real, 100, 0) == 4.5 and "| 4.500 ± 3.028 | 1.0 |" in capsys.readouterr().out
     evaluate.main([f"--out={tmp_path}/best", "--digits=0"])
     assert "bits/dim" in (told := capsys.readouterr().out) and "Frechet" not in told
     monkeypatch.setattr(data, "FONT", ("another",))
