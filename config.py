@@ -118,7 +118,7 @@ class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
 class Bits(Config):   # analog_bits.py: Gaussian diffusion over the bits of characters
     code: Literal["index", "bytes", "random"] = "index"    # bits of: the place in the alphabet, UTF-8 bytes, or a code drawn for each
     head: Literal["softmax", "bits"] = "softmax"           # probabilities of the characters, or of each bit alone
-    schedule: Literal["linear", "cosine", "sqrt"] = "cosine"
+    schedule: Literal["linear", "cosine", "sqrt"] = "sqrt"
     weight: Literal["ce", "elbo"] = "ce"                   # of the training loss: cross-entropy, no bound; or the bound
     selfcond: bool = True          # show the network its own earlier guess
     prior: bool = True             # add to its logits what the noisy bits themselves say
