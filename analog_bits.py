@@ -4,18 +4,15 @@
     python analog_bits.py --code=bytes --head=bits              # the bits of UTF-8, each predicted alone
     python analog_bits.py sample --n=4 --steps=50 --td=1 --sampler=ddim
     python analog_bits.py sample --prompt="Prince {20} said" --watch"""
-import sys
-from pathlib import Path
-
 import torch
 from torch import nn
 
 import generate
-from config import HERE, Bits, CodeSampler, parse, run
+from config import Bits, CodeSampler, parse, run
 from data import Alphabet, Text
-from diffusion import CodeDiffusion
+from diffusion import Characters, CodeDiffusion
 from model import Transformer
-from train import load, show_text, start
+from train import show_text, start
 
 ENDS = (-4.0, 8.0)   # gamma: at -4 a bit is wrong once in 10^13, at 8 all bits of a character together tell .001 nats
 
@@ -41,35 +38,13 @@ def table(code, alphabet):
     return bits(torch.arange(V), width)
 
 
-class Characters(CodeDiffusion):
-    """Tokens are characters: logits over the alphabet, so that no code is invalid (softmax factorisation)."""
-
-    unit = "char"
-
-    def __init__(self, net, codes, c):
-        super().__init__(net, codes, c.schedule, c.weight, ENDS, c.selfcond, c.prior, c.prompts, c.spread, c.hint)
-        self.mask = len(codes)                                                        # what `generate.write` puts where nothing is yet
-
-    def forward(self, x0):
-        """Training loss of characters x0 (B, T)."""
-        return super().forward((x0[..., None], x0.new_zeros(*x0.shape, 0)))
-
-    def bound(self, x0, u, seeds):
-        """One draw of the bound for each row of x0 (B, T), as above: (nats per character (B,), u)."""
-        return super().bound(x0[..., None], u, seeds)
-
-    def sample(self, x, known, s):
-        """Write x (B, T) where it is not known (B, T); yields (characters, confidence) after each step."""
-        for y, p in super().sample(x.masked_fill(~known, 0)[..., None], known, s):
-            yield y[..., 0], p[..., 0]
-
-
 class LoneBits(Characters):
     """Tokens are bits, K to a character, each predicted alone: the ablation. A code that no character has reads as the nearest."""
 
-    def __init__(self, net, codes, c):
-        super().__init__(net, torch.tensor([[-1.0], [1.0]]), c)
-        self.mask = len(codes)
+    mask = property(lambda self: len(self.codes))
+
+    def __init__(self, net, codes, *how):
+        super().__init__(net, torch.tensor([[-1.0], [1.0]]), *how)
         self.register_buffer("codes", codes, persistent=False)
 
     def forward(self, x0):
@@ -93,28 +68,17 @@ def build(c, meta):
     V, K = codes.shape
     out = 2 * K if c.head == "bits" else V                                            # probabilities: given, and shown as the hint
     net = Transformer(c, nn.Linear(K * (1 + c.selfcond) + out * c.hint, c.n_embd), out)
-    return (LoneBits if c.head == "bits" else Characters)(net, codes, c)
-
-
-def train(argv):
-    """python analog_bits.py: settings as in config.Bits."""
-    start(argv, parse(argv, Bits()), "bits", lambda c: Text(c, raw=c.code == "bytes"), build, show_text(CodeSampler()))
-
-
-def sample(argv):
-    """python analog_bits.py sample: settings as in config.CodeSampler."""
-    s = parse(argv, CodeSampler())
-    path = Path(s.out) if s.out else HERE / "out/bits"
-    method, c, meta = load(path, build, ("bits",))
-    print(f"{path}: bits, trained on {meta['data']['name']} for {meta['step']:,} steps", file=sys.stderr)
-    generate.show(method, Alphabet(meta["alphabet"], raw=c.code == "bytes" or meta["data"]["name"] == "enwik8"), s, c.block_size)
+    how = (c.schedule, c.weight, ENDS, c.selfcond, c.prior, c.prompts, c.spread, c.hint)
+    method = (LoneBits if c.head == "bits" else Characters)(net, codes, *how)
+    method.unit = "byte" if c.code == "bytes" else "char"
+    return method
 
 
 def main(argv):
     if argv[:1] == ["sample"]:
-        sample(argv[1:])
+        generate.sample(argv[1:], CodeSampler(), "bits", build)
     else:
-        train(argv)
+        start(argv, parse(argv, Bits()), "bits", lambda c: Text(c, raw=c.code == "bytes"), build, show_text(CodeSampler()))
 
 
 if __name__ == "__main__":

@@ -134,6 +134,61 @@ class Bits(Config):   # analog_bits.py: Gaussian diffusion over the bits of char
             raise SystemExit(f"prompts={self.prompts} is a share, below 1")
 
 
+LADDER = {   # embed_diffusion.py: the documents' baseline, which fails, and its cure, one change at a time; each rung stands on those before it
+    "baseline": dict(rows="small", predict="eps", weight="simple", schedule="linear", low=-9.2, high=10.0, positions=False, learned=False,
+                     selfcond=False, prior=False, hint=False, spread=0.0, prompts=0.0, time=True),
+    "positions": dict(positions=True),                     # the network can tell the order
+    "unit": dict(rows="unit"),                             # rows of norm 1 instead of .02 a number
+    "x0": dict(predict="x0"),                              # the embedding is predicted, not the noise
+    "softmax": dict(predict="tokens", weight="ce"),        # probabilities of the characters are, trained by cross-entropy: learned rounding
+    "learned": dict(learned=True),                         # the table is trained with the network
+    "range": dict(schedule="sqrt", low=-6.0, high=6.0),    # noise where characters of norm 1 are neither certain nor lost
+    "selfcond": dict(selfcond=True),
+    "prior": dict(prior=True),
+    "hint": dict(hint=True, time=False),
+    "turns": dict(spread=3.0),
+}
+EMBED = {name: {k: v for rung in list(LADDER.values())[:i + 1] for k, v in rung.items()} for i, name in enumerate(LADDER)}   # recipes in full
+EMBED["best"] = EMBED["turns"] | dict(prompts=0.25)
+EMBED["orderless"] = EMBED["turns"] | dict(positions=False)   # the last rung, without the first cure
+EMBED["diffusion-lm"] = EMBED["x0"] | dict(rows="free", weight="diffusion-lm", schedule="sqrt", low=-9.2, high=10.0, learned=True)   # Li et al. 2022
+
+
+@dataclass(frozen=True)
+class Embed(Config):   # embed_diffusion.py: Gaussian diffusion over embeddings of characters
+    recipe: Literal[tuple(EMBED)] = "best"                 # what all below dim is, where it is not typed (EMBED)
+    dim: int = 16                  # numbers in an embedding
+    rows: Literal["small", "unit", "free"] = "unit"        # of the table: .02 a number, as the documents' baseline; norm 1; as they come
+    learned: bool = True           # train the table with the network
+    predict: Literal["eps", "x0", "tokens"] = "tokens"
+    weight: Literal["simple", "ce", "elbo", "diffusion-lm"] = "ce"
+    schedule: Literal["linear", "cosine", "sqrt"] = "sqrt"
+    low: float = -6.0              # gamma = -log SNR at the clean end
+    high: float = 6.0              # and where all is noise
+    positions: bool = True         # False: the network cannot tell the order of what it reads
+    selfcond: bool = True          # show the network its own earlier guess
+    prior: bool = True             # add to its logits what the noisy embeddings themselves say
+    hint: bool = True              # show the network those probabilities, too
+    spread: float = 3.0            # 0: all characters equally noisy; more: they take turns, in random order
+    prompts: float = 0.25          # share of the training windows that have a clean part, for prompts and blanks
+    fluency: float = 0.0           # weight of the surprise of predicted pairs of characters, added to the loss
+    time: bool = False             # feed the network the noise level
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "dim")
+        at_least(self, 0, "spread", "fluency")
+        if not 0 <= self.prompts < 1:
+            raise SystemExit(f"prompts={self.prompts} is a share, below 1")
+        if not -13.3 <= self.low < self.high <= 20:
+            raise SystemExit(f"low={self.low}, high={self.high}: -13.3 <= low < high <= 20")
+        tokens, needs = self.predict == "tokens", [k for k in ("selfcond", "prior", "hint", "spread", "prompts", "fluency") if getattr(self, k)]
+        if (self.weight in ("ce", "elbo")) != tokens or self.weight == "diffusion-lm" and self.predict != "x0":
+            raise SystemExit(f"weight={self.weight} does not go with predict={self.predict}: tokens ce or elbo; eps and x0 simple; x0 diffusion-lm")
+        if needs and not tokens:
+            raise SystemExit(f"{needs[0]} needs predict=tokens, weight=ce or elbo")
+
+
 @dataclass(frozen=True)
 class Sampler:   # how a trained model writes; shared by generate.py and evaluate.py
     steps: int = 256               # network calls per block, at most
@@ -202,7 +257,7 @@ class CodeSampler:   # analog_bits.py sample: how text is made from noise
     sampler: Literal["ddim", "ancestral"] = "ancestral"
     td: float = 0.0                # take the state so many steps further than its label says (asymmetric time intervals)
     twice: bool = False            # the guess shown to the network is of a first pass at the same step, not of the step before
-    replace: bool = False          # prompts as noisy as the rest, for networks trained without clean parts (prompts=0)
+    replace: bool = False          # prompts as noisy as the rest, for networks that never saw a clean part (prompts=0, spread=0)
     watch: bool = False            # the text out of the noise, live in the terminal
     seed: int = 1337
 
@@ -211,6 +266,12 @@ class CodeSampler:   # analog_bits.py sample: how text is made from noise
         at_least(self, 0, "length", "td", "seed")
         if max(self.length, self.n) > 10 ** 6:
             raise SystemExit(f"length={self.length}, n={self.n}: a million is the most")
+
+
+@dataclass(frozen=True)
+class EmbedSampler(CodeSampler):   # embed_diffusion.py sample
+    rounding: Literal["learned", "cosine", "clamp"] = "learned"   # from guess to character: the network's probabilities; the row at the smallest
+    #                                angle; clamp: the network's, and each guess becomes the row of its likeliest character (Diffusion-LM)
 
 
 @dataclass(frozen=True)

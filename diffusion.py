@@ -300,16 +300,17 @@ class GaussianDiffusion(nn.Module):
         total = logit(near).masked_fill((near < 0) | (near >= self.V), -math.inf).logsumexp(-1)
         return (total - logit(x0[..., None])[..., 0]).sum((1, 2))
 
-    def turns(self, t, u):
+    def turns(self, t, u, known=None):
         """At time t (B, 1): each position's own time in [0, 1], (B, 1) or (B, T), and how fast it runs; u() draws uniform numbers (B, T)."""
         return t, 1
 
     def bound(self, x0, u, seeds):
         """One draw of the bound for each row of x0 (B, T, K) or (B, T), with nothing known beside it, at u (B,) in (0, 1] of the way from
-        gamma_0 to gamma_1 -> (nats per number of x0 (B,), u)."""
+        gamma_0 to gamma_1, or what `turns` makes of that -> (nats per number of x0 (B,), u)."""
         x, (low, high) = self.clean(x0), self.ends
         eps, eps0 = stream(seeds, lambda g: torch.randn(2, *x.shape[1:], generator=g)).to(x.device).unbind(1)
-        own, speed = self.turns(u.double()[:, None], lambda: stream([i + 1 for i in seeds], lambda g: torch.rand(x.size(1), generator=g)))
+        order = lambda: stream([i + 1 for i in seeds], lambda g: torch.rand(x.size(1), generator=g)).to(x.device)
+        own, speed = self.turns(u.double()[:, None], order)
         gamma = low + own * (high - low)
         (a, s), (a0, s0), (a1, s1) = scales(gamma), *(scales(torch.full_like(gamma, end)) for end in (low, high))
         xhat = self.denoise(a * x + s * eps, gamma, x.new_zeros(*x.shape[:2], self.extra))
@@ -355,8 +356,14 @@ class CodeDiffusion(GaussianDiffusion):
     def __init__(self, net, table, schedule="cosine", weight="ce", ends=(-13.3, 10.0), selfcond=False, prior=True, prompts=0.0,
                  spread=0.0, hint=False):
         super().__init__(net, "x0", schedule, weight, ends)
-        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("rows", table, persistent=False)
         self.selfcond, self.prior, self.prompts, self.spread, self.hint = selfcond, prior, prompts, spread, hint
+        self.noise = "time" if spread else self.noise                                 # at one time noise levels differ
+
+    @property
+    def table(self):
+        """The codes, (V, K); a subclass may learn them."""
+        return self.rows
 
     def clean(self, x0):
         """Tokens (B, T, N) as codes (B, T, N K), float64."""
@@ -367,14 +374,17 @@ class CodeDiffusion(GaussianDiffusion):
         q, C = (z / scales(gamma)[0]).unflatten(2, (-1, self.table.size(1))), self.table.double()
         return (q @ C.T - C.square().sum(1) / 2) * (-gamma).exp()[..., None, None]
 
-    def turns(self, t, u):
-        """Position i, at place p_i in (0, 1) of a random order, is at its own time (1 + spread) t - spread p_i, between 0 and 1. So with
+    def turns(self, t, u, known=None):
+        """Position i, at place p_i in (0, 1) of the order of u, is at its own time (1 + spread) t - spread p_i, between 0 and 1. So with
         spread 0 all are equally noisy, and the more of it, the fewer are on their way at once, the others clean or all noise: from the
-        Gaussian diffusion of the papers towards one character at a time, as in masked diffusion. The bound holds for any order."""
+        Gaussian diffusion of the papers towards one character at a time, as in masked diffusion. The bound holds for any order. Positions
+        that are known (B, T) take no turns: the others' are as far apart as if there were no known ones."""
         if not self.spread:
             return t, 1
-        place = u().argsort(1).to(t)                                                 # (B, T), 0 to T-1
-        own = (1 + self.spread) * t - self.spread * (place + .5) / place.size(1)
+        u = u()
+        known = torch.zeros_like(u, dtype=torch.bool) if known is None else known
+        rank = u.masked_fill(known, 2).argsort(1).argsort(1)                          # the known behind all others, so always clean
+        own = (1 + self.spread) * t - self.spread * (rank + .5) / (~known).sum(1, keepdim=True).clamp(min=1)
         return own.clamp(0, 1), (1 + self.spread) * ((own > 0) & (own < 1))
 
     def logits(self, z, gamma, extra, before=None):
@@ -385,33 +395,47 @@ class CodeDiffusion(GaussianDiffusion):
         if self.hint:
             extra = torch.cat([told.softmax(-1).flatten(2), extra], -1)
         out = self.output(z, gamma, extra).view(*z.shape[:2], -1, len(self.table))
-        return told.sub_(told.amax(-1, keepdim=True)).float() + out if self.prior else out
+        return told.sub_(told.detach().amax(-1, keepdim=True)).float() + out if self.prior else out
 
     def mean(self, logits):
         """xhat (B, T, N K), float64, of logits (B, T, N, V): the mean code."""
         return (logits.softmax(-1) @ self.table.float()).flatten(2).double()
 
+    def guess(self, z, gamma, extra, before=None):
+        """The network's guess of the codes, xhat (B, T, N K), and the probabilities of the tokens, (B, T, N, V)."""
+        logits = self.logits(z, gamma, extra, before)
+        return self.mean(logits), logits.softmax(-1)
+
+    def rounded(self, xhat, p, s):
+        """A guess as the sampler s wants it."""
+        return xhat, p
+
+    def regularizer(self, logits, x0):
+        """What is added to the cross-entropy."""
+        return 0
+
     def denoise(self, z, gamma, extra):
         """xhat (B, T, N K); with selfcond, of a second pass that is shown the xhat of a first at the same z."""
-        before = self.mean(self.logits(z, gamma, extra)) if self.selfcond else None
-        return self.mean(self.logits(z, gamma, extra, before))
+        before = self.guess(z, gamma, extra)[0] if self.selfcond else None
+        return self.guess(z, gamma, extra, before)[0]
 
     def forward(self, batch):
-        """Training loss of a batch (x0 (B, T, N), extra): ce, the mean cross-entropy over t of the tokens that have any noise, which is no
+        """Training loss of a batch (x0 (B, T, N), extra): ce, the mean cross-entropy over t of the tokens above gamma_0, which is no
         bound; or elbo, the integral of the bound in nats per token. Known positions are clean and do not count."""
         x0, extra = batch
-        own, speed = self.turns(stratified(len(x0), x0.device), lambda: torch.rand(x0.shape[:2], device=x0.device))
+        known, order = clean_part(*x0.shape[:2], self.prompts, x0.device), torch.rand(x0.shape[:2], device=x0.device)   # (B, T) each
+        own, speed = self.turns(stratified(len(x0), x0.device), lambda: order, known)
         x, z, gamma, slope = self.noised(x0, own)
-        known = clean_part(*x0.shape[:2], self.prompts, x0.device)                    # (B, T)
         z, gamma = torch.where(known[..., None], x, z), torch.where(known, self.ends[0], gamma)
         before = None
         if self.selfcond and torch.rand(()) < .5:
             with torch.no_grad():
-                before = self.mean(self.logits(z, gamma, extra))
-        logits, counts = self.logits(z, gamma, extra, before), ~known & (own > 0) if self.weight == "ce" else ~known
+                before = self.guess(z, gamma, extra)[0]
+        logits, counts = self.logits(z, gamma, extra, before), gamma > self.ends[0] if self.weight == "ce" else ~known
         counts = counts / counts.sum().clamp(min=1) / x0.size(2)                      # (B, T)
         if self.weight == "ce":
-            return (F.cross_entropy(logits.flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape).sum(2) * counts).sum()
+            nats = F.cross_entropy(logits.flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape).sum(2)
+            return (nats * counts).sum() + self.regularizer(logits, x0)
         return (counts * speed * (-gamma).exp() * slope / 2 * (x - self.mean(logits)).square().sum(2)).sum().float()
 
     def reconstruction(self, x0, z):
@@ -428,7 +452,8 @@ class CodeDiffusion(GaussianDiffusion):
         training, or with s.replace as noisy as the others, for a network that never saw a clean one. s.td: see GaussianDiffusion."""
         codes, before, order = self.clean(x), None, torch.rand(known.shape).to(x.device)
         eps, z, extra = torch.randn(2, *codes.shape, dtype=torch.float64).to(x.device).unbind(0) + (codes.new_zeros(*codes.shape[:2], 0),)
-        level_at = lambda i: self.gamma(self.turns(z.new_full((len(z), 1), max(i / s.steps, 0)), lambda: order)[0])[0]
+        takes_none = None if s.replace else known
+        level_at = lambda i: self.gamma(self.turns(z.new_full((len(z), 1), max(i / s.steps, 0)), lambda: order, takes_none)[0])[0]
         here = level_at(s.steps)
         for i in range(s.steps, 0, -1):
             gamma, to = level_at(i), level_at(i - 1 - s.td)
@@ -436,12 +461,35 @@ class CodeDiffusion(GaussianDiffusion):
             z = torch.where(known[..., None], a * codes + sd * eps if s.replace else codes, z)
             level = gamma.expand(known.shape) if s.replace else torch.where(known, self.ends[0], gamma)
             if s.twice:
-                before = self.mean(self.logits(z, level, extra))
-            logits = self.logits(z, level, extra, before)
-            before = self.mean(logits)
-            p, token = logits.softmax(-1).max(-1)                                     # (B, T, N)
+                before = self.guess(z, level, extra)[0]
+            before, p = self.rounded(*self.guess(z, level, extra, before), s)
+            p, token = p.max(-1)                                                      # (B, T, N)
             z, here = self.step(z, before, gamma, to, s), to
             yield torch.where(known[..., None], x, token), torch.where(known[..., None], 1., p)
+
+
+class Characters(CodeDiffusion):
+    """Of characters, one to a position: logits over the alphabet, so that no code is invalid (softmax factorisation)."""
+
+    unit = "char"
+
+    def forward(self, x0):
+        """Training loss of characters x0 (B, T)."""
+        return super().forward((x0[..., None], x0.new_zeros(*x0.shape, 0)))
+
+    def bound(self, x0, u, seeds):
+        """One draw of the bound for each row of x0 (B, T), as above: (nats per character (B,), u)."""
+        return super().bound(x0[..., None], u, seeds)
+
+    def sample(self, x, known, s):
+        """Write x (B, T) where it is not known (B, T); yields (characters, confidence) after each step."""
+        for y, p in super().sample(x.masked_fill(~known, 0)[..., None], known, s):
+            yield y[..., 0], p[..., 0]
+
+    @property
+    def mask(self):
+        """What `generate.write` puts where nothing is written yet."""
+        return len(self.rows)
 
 
 def clean_part(B, T, share, device):

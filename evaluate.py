@@ -21,15 +21,17 @@ import torch
 import torch.nn.functional as F
 
 import analog_bits
+import embed_diffusion
 import mnist_ddpm
 import train
-from config import AMP, DEVICE, GPU, HERE, CodeSampler, Evaluate, Masked, Mnist, Picture, Sampler, parse, run
+from config import AMP, DEVICE, GPU, HERE, CodeSampler, EmbedSampler, Evaluate, Masked, Mnist, Picture, Sampler, parse, run
 from data import Images, Text, patches, whole
 from generate import newest
 from metrics import Reader, blurred, digit_metrics, frechet, mean, noise_like, read, text_metrics, train_reader, vocabulary
 from mnist_ddpm import grey, many
 
-BUILD = {"masked": train.build, "ar": train.build, "bits": analog_bits.build, "mnist": mnist_ddpm.build}
+BUILD = {"masked": train.build, "ar": train.build, "bits": analog_bits.build, "embed": embed_diffusion.build, "mnist": mnist_ddpm.build}
+CODES = {"bits": CodeSampler, "embed": EmbedSampler}                                  # how they are sampled
 SPAN = 16   # characters of a held-out block that are infilled, in its middle
 
 
@@ -155,9 +157,9 @@ def written(method, x, known, s):
 
 def sampler(checkpoint, s):
     """How a checkpoint of its kind is sampled."""
-    if checkpoint.name != "bits":
+    if checkpoint.name not in CODES:
         return s
-    return CodeSampler(steps=s.gaussian_steps, sampler=s.sampler or CodeSampler.sampler, td=s.td, twice=s.twice, seed=s.seed)
+    return CODES[checkpoint.name](steps=s.gaussian_steps, sampler=s.sampler or CodeSampler.sampler, td=s.td, twice=s.twice, seed=s.seed)
 
 
 def infilling(checkpoint, val):
@@ -166,7 +168,7 @@ def infilling(checkpoint, val):
     x, T = val.long(), val.size(1)
     span = torch.zeros(T, dtype=torch.bool, device=x.device)
     span[max(0, T - SPAN) // 2:][:SPAN] = True
-    greedy = (CodeSampler(sampler="ddim", replace=not checkpoint.c.prompts) if checkpoint.name == "bits" else
+    greedy = (CODES[checkpoint.name](sampler="ddim", replace=not checkpoint.c.prompts + checkpoint.c.spread) if checkpoint.name in CODES else
               Sampler(steps=SPAN, order="entropy", temperature=0.0, remask=0.0))
     y, *_ = written(checkpoint.method, x, ~span.expand_as(x), greedy)
     return mean([(n, span.sum().item()) for n in ((y == x) & span).sum(1).tolist()])

@@ -69,14 +69,14 @@ class Neighbours(nn.Module):
 class Block(nn.Module):
     """x + (1 + g) f((1 + s) norm(x) + b), f first attention, then the MLP; s, b, g come from the noise level."""
 
-    def __init__(self, c, causal):
+    def __init__(self, c, causal, positions):
         super().__init__()
         self.n_head, self.causal = c.n_head, causal
         self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
         self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
         self.up = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
         self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
-        self.near1, self.near2 = Neighbours(c, causal), Neighbours(c, causal)
+        self.near1, self.near2 = (Neighbours(c, causal), Neighbours(c, causal)) if positions else (lambda x, past: x,) * 2
         self.drop = nn.Dropout(c.dropout)
 
     def attend(self, x, rope, past):
@@ -96,14 +96,15 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """c: n_layer, n_head, n_embd, block_size, dropout, time. inp: module, (B, T) or (B, T, K) -> (B, T, n_embd).
+    Without positions, no RoPE and no neighbours, it cannot tell the order of what it reads.
 
     Blocks and head start at zero output: an untrained network is uniform over its outputs, and each block is the identity.
     The noise level's projection starts at zero too and multiplies (1 + .): gating zero by zero would never train."""
 
-    def __init__(self, c, inp, n_out, causal=False):
+    def __init__(self, c, inp, n_out, causal=False, positions=True):
         super().__init__()
         self.inp = inp
-        self.blocks = nn.ModuleList(Block(c, causal) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, causal, positions) for _ in range(c.n_layer))
         self.head = nn.Linear(c.n_embd, n_out, bias=False)
         zero = [self.head, *(m for b in self.blocks for m in (b.out, b.down))]
         if c.time:
@@ -113,7 +114,7 @@ class Transformer(nn.Module):
         for layer in zero:
             nn.init.zeros_(layer.weight)
         half = c.n_embd // c.n_head // 2
-        angle = torch.arange(c.block_size)[:, None] * 10000 ** -(torch.arange(half) / half)   # (block_size, D / 2)
+        angle = positions * torch.arange(c.block_size)[:, None] * 10000 ** -(torch.arange(half) / half)   # (block_size, D / 2)
         self.register_buffer("rope", torch.stack([angle.cos(), angle.sin()]).to(AMP), persistent=False)
 
     def forward(self, x, t, past=None):

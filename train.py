@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from config import AMP, COLOR, DEVICE, GPU, HERE, Bits, Masked, Mnist, Sample, parse, run
+from config import AMP, COLOR, DEVICE, GPU, HERE, Bits, Embed, Masked, Mnist, Sample, parse, run
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
 from model import Transformer
@@ -30,8 +30,10 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 FIRST = 100   # the first report comes at this step, before anything is compiled
 LOG = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]   # log.csv: losses in nats, bits per character
 METHODS = {"masked": (Masked, "train.py", "generate.py"), "ar": (Masked, "train.py", "generate.py"),   # settings, what trains, what samples
-           "mnist": (Mnist, "mnist_ddpm.py", "mnist_ddpm.py sample"), "bits": (Bits, "analog_bits.py", "analog_bits.py sample")}
-BAKED = "objective recipe predict patch train_size block_size n_layer n_head n_embd time optimizer code head selfcond prior hint".split()   # for good
+           "mnist": (Mnist, "mnist_ddpm.py", "mnist_ddpm.py sample"), "bits": (Bits, "analog_bits.py", "analog_bits.py sample"),
+           "embed": (Embed, "embed_diffusion.py", "embed_diffusion.py sample")}
+BAKED = ("objective recipe predict patch train_size block_size n_layer n_head n_embd time optimizer code head selfcond prior hint spread dim rows "
+         "learned positions fluency").split()   # for good
 
 
 def build(c, meta):
@@ -121,6 +123,8 @@ def read(path, methods=("masked", "ar")):
             raise SystemExit(f"{path} is a {name} checkpoint: python {METHODS[name][2] if name in METHODS else '?'} --out={path}")
         if extra := config.keys() - {f.name for f in fields(METHODS[name][0])}:
             raise SystemExit(f"{path} was made by another version: it has the setting {min(extra)!r}")
+        if lost := {f.name for f in fields(METHODS[name][0])} - config.keys() - {"out", "resume", "train_size"}:
+            raise SystemExit(f"{path} was made by another version: it lacks the setting {min(lost)!r}")
         return {**{k: state[k] for k in ("alphabet", "data", "step", "ema")}, **state, "config": METHODS[name][0](**config)}
     except FileNotFoundError:
         raise SystemExit(f"no checkpoint at {path}: train first, or pass --out=FOLDER") from None
@@ -355,14 +359,17 @@ def fit(method, data, c, meta, show=None):
 
 def start(argv, c, name, read_data, build, show):
     """What every script that trains does with its settings c: resume or begin, read the data, fit, and say how to sample.
-    name of the method; read_data(c), build(c, meta); show(averaged method, data, c) after each evaluation."""
+    name of the method; read_data(c), build(c, meta); show(averaged method, data, c) after each evaluation. -> what fit returns, data"""
     c = resumed(argv, c, name) if c.resume else c
+    name = getattr(c, "objective", name)                                              # of the run that is resumed, not of what is typed
     data, out = read_data(c), folder(c, name)
     if data.warning and RANK == 0:
         print(data.warning)
     reseed(c.seed)
-    if fit(build(c, data.meta), data, c, {"method": name, **data.meta}, lambda ema: show(ema, data, c)) and RANK == 0:
+    ema = fit(build(c, data.meta), data, c, {"method": name, **data.meta}, lambda ema: show(ema, data, c))
+    if ema and RANK == 0:
         print(f"done: python {METHODS[name][2]}{'' if out == HERE / 'out' / name and name != 'ar' else f' --out={out}'} writes with it")
+    return ema, data
 
 
 def show_text(how):

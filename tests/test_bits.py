@@ -11,7 +11,7 @@ import analog_bits
 import evaluate
 import model
 import train
-from analog_bits import Characters, LoneBits, bits, build, table, unbits
+from analog_bits import bits, build, table, unbits
 from config import Bits, CodeSampler
 from data import Alphabet
 from train import reseed
@@ -67,16 +67,18 @@ def test_factorised_and_lone_bits_see_the_same_noise():
     assert c.selfcond and torch.allclose(a.bound(x0, u, range(20))[0], b.bound(x0, u, range(20))[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("cls", [Characters, LoneBits])
-def test_oracles_write_their_text(cls):
-    codes, x0, c = table("index", Alphabet("abcde")), torch.randint(5, (3, 9)), tiny(selfcond=False)
+@pytest.mark.parametrize("spread", [0, 2])
+@pytest.mark.parametrize("head", ["softmax", "bits"])
+def test_oracles_write_their_text(head, spread):
+    codes, x0 = table("index", Alphabet("abcde")), torch.randint(5, (3, 9))
 
     class Oracle(nn.Module):
         def forward(self, x, t):
-            one_hot = nn.functional.one_hot(x0, 5) if cls is Characters else nn.functional.one_hot((codes[x0] > 0).long(), 2).flatten(2)
+            one_hot = nn.functional.one_hot(x0, 5) if head == "softmax" else nn.functional.one_hot((codes[x0] > 0).long(), 2).flatten(2)
             return 1e4 * one_hot.float()
 
-    m = cls(Oracle(), codes, c)
+    m = build(tiny(head=head, selfcond=False, spread=spread), {"alphabet": "abcde"})
+    m.net = Oracle()
     for sampler in ("ddim", "ancestral"):
         *_, (y, p) = m.sample(torch.full_like(x0, 5), torch.zeros(3, 9) > 0, CodeSampler(steps=3, sampler=sampler, td=1))
         assert torch.equal(y, x0) and (p == 1).all()

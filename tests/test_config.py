@@ -11,7 +11,7 @@ import torch
 import evaluate
 import generate
 import train
-from config import Bits, CodeSampler, Evaluate, Masked, Mnist, Picture, Sample, parse
+from config import Bits, Embed, EmbedSampler, Evaluate, Masked, Mnist, Picture, Sample, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,6 +77,7 @@ BAD = [   # script, arguments, what the one line says
     ("generate", ["--out={tmp}/run", "--prompt={99999999999999999999}"], "a blank is written {12}"),
     ("generate", ["--out={tmp}/bits.pt"], "is a bits checkpoint: python"),
     ("generate", ["--out={tmp}/old.pt"], "made by another version: it has the setting 'n_experts'"),
+    ("generate", ["--out={tmp}/older.pt"], "made by another version: it lacks the setting 'n_layer'"),
     ("generate", ["--out={tmp}/run", "--prompt=Zebra"], "the model has never seen 'Z'"),
     ("generate", ["--out={tmp}/run", "--prompt=a{b"], "a blank is written {12}"),
     ("generate", ["--out={tmp}/run", "--prompt=abcd", "--length=3"], "length=3 is shorter than the prompt, which has 4"),
@@ -112,6 +113,7 @@ def files(tmp_path_factory):
     (tmp / "bits/ckpt.pt").write_bytes((tmp / "bits.pt").read_bytes())
     torch.save({k: v for k, v in state.items() if k != "alphabet"}, tmp / "less.pt")
     torch.save({**state, "config": {**state["config"], "n_experts": 8}}, tmp / "old.pt")
+    torch.save({**state, "config": {k: v for k, v in state["config"].items() if k != "n_layer"}}, tmp / "older.pt")
     return tmp
 
 
@@ -133,5 +135,5 @@ def test_and_so_it_is_from_the_shell(script, args, says, files):
 
 def test_every_setting_is_read_somewhere():
     source = "".join(p.read_text(encoding="utf-8") for p in ROOT.glob("*.py") if p.name != "config.py")
-    for f in {f.name for k in (Masked, Mnist, Bits, Sample, CodeSampler, Picture, Evaluate) for f in dataclasses.fields(k)}:
+    for f in {f.name for k in (Masked, Mnist, Bits, Embed, Sample, EmbedSampler, Picture, Evaluate) for f in dataclasses.fields(k)}:
         assert re.search(rf"\b(c|s|m|self\.c)\.{f}\b", source), f"nothing reads the setting {f}"

@@ -46,10 +46,10 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_resume_is_the_straight_run_bit_for_bit(corpus, tmp_path, optimizer):
+@pytest.mark.parametrize("how", ["--optimizer=muon", "--optimizer=adamw", "--objective=ar"])
+def test_resume_is_the_straight_run_bit_for_bit(corpus, tmp_path, how):
     """Stopped by a signal at a step that is no evaluation's, resumed: weights, moving average, optimizer state and log are the same."""
-    args = [corpus, *TINY, "--max_iters=23", "--eval_interval=5", f"--optimizer={optimizer}"]
+    args = [corpus, *TINY, "--max_iters=23", "--eval_interval=5", how]
     train.main([*args, f"--out={tmp_path}/straight"])
     stop_at(13, args + [f"--out={tmp_path}/cut"])
     assert torch.load(tmp_path / "cut/ckpt.pt", weights_only=True)["step"] == 14

@@ -1,0 +1,163 @@
+"""Diffusion over embeddings of characters, as the documents' baseline, Diffusion-LM and the cure.  settings: config.Embed, config.EmbedSampler
+
+    python embed_diffusion.py                                   # the cured model
+    python embed_diffusion.py --recipe=baseline                 # watch it fail, with the diagnosis; all recipes: config.EMBED
+    python embed_diffusion.py sample --rounding=clamp --steps=100
+    python embed_diffusion.py sample --prompt="ROMEO:{200}" --watch"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import generate
+from config import EMBED, Embed, EmbedSampler, parse, run
+from data import Text
+from diffusion import PLAIN, XHAT, Characters, GaussianDiffusion, scales, stratified
+from model import Transformer
+from train import RANK, reseed, show_text, start
+
+STEPS = 2000   # of Diffusion-LM
+
+
+class Embeddings(Characters):
+    """Codes are embeddings, which may be learned. predict=tokens: all as in CodeDiffusion; eps or x0: the network's output is K numbers."""
+
+    def __init__(self, net, rows, c):
+        super().__init__(net, rows, c.schedule, c.weight, (c.low, c.high), c.selfcond, c.prior, c.prompts, c.spread, c.hint)
+        del self.rows
+        if c.learned:
+            self.rows = nn.Parameter(rows)
+        else:
+            self.register_buffer("rows", rows)                                        # kept in checkpoints: it was drawn
+        self.unit_norm, self.tokens, self.fluency = c.rows == "unit", c.predict == "tokens", c.fluency
+        if not self.tokens:
+            self.to_x, self.plain = XHAT[c.predict], PLAIN[c.predict]
+        if self.fluency:
+            self.register_buffer("pairs", torch.ones(len(rows), len(rows)))           # of characters in the training batches so far
+
+    @property
+    def table(self):
+        """The embeddings (V, K)."""
+        return F.normalize(self.rows, dim=1) if self.unit_norm else self.rows
+
+    def guess(self, z, gamma, extra, before=None):
+        """As in CodeDiffusion; of a network that predicts numbers, p(token) is softmax(xhat C^T), Diffusion-LM's rounding."""
+        if self.tokens:
+            return super().guess(z, gamma, extra, before)
+        xhat = self.to_x(self.output(z, gamma, extra).double(), z, *scales(gamma))
+        return xhat, (xhat.float() @ self.table.T).softmax(-1)[:, :, None]
+
+    def rounded(self, xhat, p, s):
+        """A guess by s.rounding: learned, as it is; cosine, the row at the smallest angle; clamp, xhat becomes the likeliest row."""
+        if s.rounding == "cosine":
+            angle = F.normalize(xhat.float(), dim=-1) @ F.normalize(self.table, dim=1).T
+            p = F.one_hot(angle.argmax(-1), len(self.table))[:, :, None] * angle.amax(-1).clamp(0, 1)[..., None, None]
+        return self.clean(p.argmax(-1)) if s.rounding == "clamp" else xhat, p
+
+    def forward(self, x0):
+        """Training loss of characters x0 (B, T)."""
+        if self.weight == "diffusion-lm":
+            return self.diffusion_lm(x0)
+        if not self.tokens:
+            return GaussianDiffusion.forward(self, (x0[..., None], x0.new_zeros(*x0.shape, 0)))
+        return super().forward(x0)
+
+    def diffusion_lm(self, x0):
+        """The loss of Li et al. 2022: |x - f(z)|^2, x a draw around the embedding (at the first of 2,000 steps the embedding itself), + |alpha_T
+        x|^2, which keeps embeddings small, + the cross-entropy of rounding x, not f(z), which keeps them apart; nothing else rounds."""
+        embedding, t = self.clean(x0[..., None]), stratified(len(x0), x0.device)
+        gamma = self.gamma(t)[0]
+        (a, s), (_, s0), (aT, _) = (scales(g) for g in (gamma, *(self.gamma(torch.full_like(t, end))[0] for end in (1 / STEPS, 1))))
+        x = embedding + s0 * torch.randn_like(embedding)
+        f = self.guess(a * x + s * torch.randn_like(x), gamma, x0.new_zeros(*x0.shape, 0))[0]
+        error = (torch.where((t < 1 / STEPS)[..., None], embedding, x) - f).square().mean() + (aT * x).square().mean()
+        return error.float() + F.cross_entropy((x.float() @ self.table.T).flatten(0, 1), x0.flatten())
+
+    def regularizer(self, logits, x0):
+        """Fluency: the surprise -log p(b | a) of the training text's pairs of characters, expected over what is predicted, in nats a pair."""
+        if not self.fluency:
+            return 0
+        x0, p = x0[..., 0], logits[:, :, 0].softmax(-1)
+        if self.training:
+            self.pairs.index_put_((x0[:, :-1], x0[:, 1:]), self.pairs.new_ones(()), accumulate=True)
+        surprise = self.pairs.sum(1, keepdim=True).log() - self.pairs.log()           # (V, V)
+        return self.fluency * ((p[:, :-1] @ surprise) * p[:, 1:]).sum(-1).mean()
+
+
+def build(c, meta):
+    """The method of a run: c its Embed settings, meta its alphabet."""
+    V = len(meta["alphabet"])
+    net = Transformer(c, nn.Linear(c.dim * (1 + c.selfcond) + V * c.hint, c.n_embd), V if c.predict == "tokens" else c.dim, positions=c.positions)
+    return Embeddings(net, torch.randn(V, c.dim) * (.02 if c.rows == "small" else 1), c)
+
+
+# ---- why it fails
+
+def cross_entropy(method, x0, unigram, generator):
+    """Of the predicted text, in nats, and the own times of its characters: two tensors (B, T), for x0 (B, T) at noise levels all over the way.
+
+    A network that predicts numbers has no probabilities: log p = log unigram - beta |xhat - C|^2 with the beta in each fifth of the way that serves
+    it best, so that it cannot be worse than the know-nothing line because of the scale of its table."""
+    u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
+    own, _ = method.turns(u.double()[:, None], lambda: torch.rand(x0.shape, generator=generator))
+    own = own.expand(x0.shape).to(x0.device)
+    gamma, x = method.ends[0] + own * (method.ends[1] - method.ends[0]), method.clean(x0[..., None])
+    (a, s), nothing = scales(gamma), x.new_zeros(*x0.shape, 0)
+    z = a * x + s * torch.randn(x.shape, generator=generator).to(x)
+    before = method.guess(z, gamma, nothing)[0] if method.selfcond else None
+    xhat, p = method.guess(z, gamma, nothing, before)
+    if method.tokens:
+        return F.nll_loss(p[:, :, 0].clamp(min=1e-30).log().flatten(0, 1), x0.flatten(), reduction="none").view(x0.shape), own
+    far, nats = (xhat[:, :, None] - method.table).square().sum(-1), torch.zeros(x0.shape, dtype=torch.float64)
+    for fifth in range(5):
+        at = (own * 5).ceil().clamp(min=1) == fifth + 1
+        tried = [F.cross_entropy(unigram.log() - 2. ** k * far[at], x0[at], reduction="none") for k in range(-10, 16)]
+        nats[at] = min(tried, key=lambda n: n.mean().item())
+    return nats, own
+
+
+def tells(x):
+    """Bits that a character of the texts x (n, T) tells of the next, beyond what it tells in the same text shuffled: 0 where order means nothing."""
+    def information(x):
+        pairs = torch.bincount((x[:, :-1] * 1000 + x[:, 1:]).flatten()).double()
+        joint, (first, second) = pairs[pairs > 0], (torch.bincount(v.flatten()).double() for v in (x[:, :-1], x[:, 1:]))
+        entropy = lambda n: -(n[n > 0] / n.sum() * (n[n > 0] / n.sum()).log2()).sum().item()
+        return entropy(first) + entropy(second) - entropy(joint)
+    shuffled = x.flatten()[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))].view(x.shape)
+    return information(x) - information(shuffled)
+
+
+@torch.no_grad()
+def diagnosis(method, data, n=64):
+    """What the failures of embedding diffusion look like, in words, from n windows: the cross-entropy of the predicted text by noise level beside
+    what one scores who knows only how frequent each character is; the table; what samples know of their text. -> lines"""
+    unigram = torch.bincount(data.train.long(), minlength=len(data.alphabet)).double() + 1
+    unigram, val = unigram / unigram.sum(), data.val[torch.linspace(0, len(data.val) - 1, min(n, len(data.val))).long()].long()
+    nats, own = cross_entropy(method, val.repeat(5, 1), unigram, torch.Generator().manual_seed(0))
+    fifths = [nats[((own * 5).ceil() == i) & (own < 1)].mean().item() / math.log(2) for i in range(1, 6)]
+    table = method.table.double()
+    near = torch.cdist(table, table).fill_diagonal_(math.inf).amin(1).mean().item()
+    reseed(0)
+    nothing = torch.zeros_like(val[:32])
+    *_, (x, _) = method.sample(nothing, nothing > 0, EmbedSampler())
+    share = torch.bincount(x.flatten()).double() / x.numel()
+    return [f"know-nothing line: {-(unigram[data.val.long()]).log2().mean():.3f} bits/char: validation text under the frequencies of its characters",
+            "cross-entropy of the predicted text by noise level, bits/char: "
+            + "  ".join(f"{a / 5:.1f}-{(a + 1) / 5:.1f}: {ce:.2f}" for a, ce in enumerate(fifths)),
+            f"table: norm {table.norm(dim=1).mean():.3f}, nearest other row at {near:.3f}",
+            f"samples: {-(share[share > 0] * share[share > 0].log2()).sum():.2f} bits of entropy a character, which tells "
+            f"{tells(x):.2f} bits of the next (held-out text {tells(val[:32]):.2f})"]
+
+
+def main(argv):
+    if argv[:1] == ["sample"]:
+        return generate.sample(argv[1:], EmbedSampler(), "embed", build)
+    recipe = parse([a for a in argv if a.startswith("--recipe=")], Embed()).recipe
+    ema, data = start(argv, parse(argv, Embed(recipe=recipe, **EMBED[recipe])), "embed", Text, build, show_text(EmbedSampler()))
+    if ema and RANK == 0:
+        print("\n".join(diagnosis(ema, data)))
+
+
+if __name__ == "__main__":
+    run(main)
