@@ -375,10 +375,9 @@ class CodeDiffusion(GaussianDiffusion):
         return (q @ C.T - C.square().sum(1) / 2) * (-gamma).exp()[..., None, None]
 
     def turns(self, t, u, known=None):
-        """Position i, at place p_i in (0, 1) of the order of u, is at its own time (1 + spread) t - spread p_i, between 0 and 1. So with
-        spread 0 all are equally noisy, and the more of it, the fewer are on their way at once, the others clean or all noise: from the
-        Gaussian diffusion of the papers towards one character at a time, as in masked diffusion. The bound holds for any order. Positions
-        that are known (B, T) take no turns: the others' are as far apart as if there were no known ones."""
+        """Position i, at place p_i in (0, 1) of the order of u, is at its own time (1 + spread) t - spread p_i, between 0 and 1. With spread
+        0 all are equally noisy; with more, fewer are on their way at once, the others clean or all noise, which leads from the papers'
+        Gaussian diffusion towards masked diffusion. The bound holds for any order. Known positions (B, T) take no turns."""
         if not self.spread:
             return t, 1
         u = u()
@@ -411,7 +410,7 @@ class CodeDiffusion(GaussianDiffusion):
         return xhat, p
 
     def regularizer(self, logits, x0):
-        """What is added to the cross-entropy."""
+        """What a subclass adds to the cross-entropy."""
         return 0
 
     def denoise(self, z, gamma, extra):
@@ -420,8 +419,8 @@ class CodeDiffusion(GaussianDiffusion):
         return self.guess(z, gamma, extra, before)[0]
 
     def forward(self, batch):
-        """Training loss of a batch (x0 (B, T, N), extra): ce, the mean cross-entropy over t of the tokens above gamma_0, which is no
-        bound; or elbo, the integral of the bound in nats per token. Known positions are clean and do not count."""
+        """Training loss of a batch (x0 (B, T, N), extra): ce, the mean cross-entropy over t of the tokens above gamma_0, no bound; or
+        elbo, the integral of the bound in nats per token. Known positions are clean and do not count."""
         x0, extra = batch
         known, order = clean_part(*x0.shape[:2], self.prompts, x0.device), torch.rand(x0.shape[:2], device=x0.device)   # (B, T) each
         own, speed = self.turns(stratified(len(x0), x0.device), lambda: order, known)
@@ -452,8 +451,8 @@ class CodeDiffusion(GaussianDiffusion):
         training, or with s.replace as noisy as the others, for a network that never saw a clean one. s.td: see GaussianDiffusion."""
         codes, before, order = self.clean(x), None, torch.rand(known.shape).to(x.device)
         eps, z, extra = torch.randn(2, *codes.shape, dtype=torch.float64).to(x.device).unbind(0) + (codes.new_zeros(*codes.shape[:2], 0),)
-        takes_none = None if s.replace else known
-        level_at = lambda i: self.gamma(self.turns(z.new_full((len(z), 1), max(i / s.steps, 0)), lambda: order, takes_none)[0])[0]
+        turns = lambda t: self.turns(z.new_full((len(z), 1), t), lambda: order, None if s.replace else known)[0]
+        level_at = lambda i: self.gamma(turns(max(i / s.steps, 0)))[0]
         here = level_at(s.steps)
         for i in range(s.steps, 0, -1):
             gamma, to = level_at(i), level_at(i - 1 - s.td)

@@ -127,7 +127,7 @@ def test_train_sample_resume_and_the_wrong_script(tmp_path):
 
 def test_bytes_of_a_text_that_is_not_ascii(tmp_path):
     (tmp_path / "t.txt").write_text("Война и мир. " * 400, encoding="utf-8")
-    analog_bits.train([*TINY[1:], f"--dataset={tmp_path}/t.txt", "--code=bytes", "--max_iters=3", "--eval_interval=3", f"--out={tmp_path}/b"])
+    analog_bits.main([*TINY[1:], f"--dataset={tmp_path}/t.txt", "--code=bytes", "--max_iters=3", "--eval_interval=3", f"--out={tmp_path}/b"])
     r = run("analog_bits.py", "sample", f"--out={tmp_path}/b", "--prompt=Война{9}", "--steps=2")
     assert r.stdout.startswith("Война")
     alphabet = Alphabet("".join(map(chr, range(256))), raw=True)
@@ -140,7 +140,7 @@ def test_a_judge_of_other_characters_does_not_judge(tmp_path, capsys):
     common = [*TINY[1:], f"--dataset={tmp_path}/t.txt", "--max_iters=3", "--eval_interval=3"]
     train.main([*common, "--objective=ar", f"--out={tmp_path}/ar"])
     for code in ("index", "bytes"):
-        analog_bits.train([*common, f"--code={code}", f"--out={tmp_path}/{code}"])
+        analog_bits.main([*common, f"--code={code}", f"--out={tmp_path}/{code}"])
     capsys.readouterr()
     evaluate.main([f"--out={tmp_path}/index,{tmp_path}/bytes", f"--judge={tmp_path}/ar", f"--dataset={tmp_path}/t.txt", "--n=3",
                    "--gaussian_steps=2"])
