@@ -1,7 +1,7 @@
 #!/bin/bash
 # What only a GPU can show, in commands of under ten minutes each. From the repository's root, with tiny Shakespeare in data/:
 #
-#     bash results/gpu.sh gradients    # fp16: every parameter gets a finite gradient, time and the twin included
+#     bash results/gpu.sh gradients    # fp16: every parameter gets a finite gradient: masked, twin, bits and embeddings with self-conditioning
 #     bash results/gpu.sh bench        # ms a step, characters/s, share of the fp16 peak; compiled, eager, plain
 #     bash results/gpu.sh train        # the full-size model for nine minutes; again to go on, until it says it is finished
 #     bash results/gpu.sh evaluate     # its bound over the whole validation split and its samples
@@ -20,10 +20,13 @@ case "${1:-}" in
 gradients) python - <<'PY' | tee out/gpu/gradients.md
 import torch
 from bench import Noise
-from config import AMP, DEVICE, Masked
-from train import build, optimizers
-for objective in ("masked", "ar"):
-    c = Masked(objective=objective, time=True)
+import analog_bits
+import embed_diffusion
+import train
+from config import AMP, DEVICE, Bits, Embed, Masked
+from train import optimizers
+for name, c, build in (("masked", Masked(time=True), train.build), ("ar", Masked(objective="ar", time=True), train.build),
+                       ("bits", Bits(time=True), analog_bits.build), ("embeddings", Embed(time=True), embed_diffusion.build)):
     method = build(c, Noise(c).meta).to(DEVICE).train()
     scaler, opts = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16), optimizers(method, c)
     for step in range(5):   # outputs start at zero: by the fifth step everything behind them has a gradient too
@@ -37,7 +40,7 @@ for objective in ("masked", "ar"):
             scaler.step(o)
             o.zero_grad()
         scaler.update()
-    print(objective, AMP, torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE, "dead or not finite at step 5:", dead)
+    print(name, AMP, torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE, "dead or not finite at step 5:", dead)
     assert not dead
 PY
 ;;

@@ -140,7 +140,7 @@ def test_evaluate_prints_every_table(trained, tmp_path):
     run("analog_bits.py", *TINY, "--code=bytes", f"--out={tmp_path}/bits")
     out = run("evaluate.py", f"--out={trained},{trained / 'best.pt'},{tmp_path}/ar,{tmp_path}/bits", "--n=3", "--exact=2", "--steps=8",
               "--gaussian_steps=4", "--twice", f"--judge={tmp_path}/ar").stdout
-    assert out.count("sampler: ") == 2 and "| nats by noise level |" in out and "| nats by share masked |" in out
+    assert out.count("sampler: ") == 2 and "| nats by time |" in out and "| nats by share masked |" in out
     assert out.startswith("`python evaluate.py --out=") and " at commit " in out and "PyTorch" in out
     bounds, buckets, _, samples = ([line.split(" | ") for line in table.splitlines()[2:] if line.startswith("| ")]
                                 for table in re.split(r"\n\n(?=\| )|\n\n(?:sampler.*\n\n+)+", out)[1:])
