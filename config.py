@@ -89,10 +89,9 @@ RECIPES = {   # the best found here; the one with the best bound, a softmax over
 @dataclass(frozen=True)
 class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
     dataset: str = "auto"          # mnist, or digits, drawn by this program; auto: mnist if it can be had
-    recipe: Literal["best", "levels", "ddpm"] = "best"     # what the next three are where they are empty (RECIPES)
-    predict: Literal["", "eps", "x0", "v", "levels"] = ""
-    schedule: Literal["", "linear", "cosine", "sqrt"] = ""
-    weight: Literal["", "simple", "elbo", "min-snr", "ce"] = ""
+    predict: Literal["eps", "x0", "v", "levels"] = "v"
+    schedule: Literal["linear", "cosine", "sqrt"] = "cosine"
+    weight: Literal["simple", "elbo", "min-snr", "ce"] = "min-snr"
     patch: int = 4                 # pixels on a side of a patch, one position of the transformer; 2 takes 6.5x as long a step
     drop_label: float = 0.1        # share of the images that hide their label in training, for classifier-free guidance
     time: bool = True              # feed the network the noise level
@@ -102,14 +101,14 @@ class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
     n_head: int = 6 if GPU else 4
     n_embd: int = 384 if GPU else 128
     dropout: float = 0.0
+    recipes = RECIPES              # --recipe=NAME: its settings, where they are not typed themselves
 
     def __post_init__(self):
         super().__post_init__()
         if self.patch not in (1, 2, 4, 7, 14):
             raise SystemExit(f"patch={self.patch} does not divide 28: one of 1, 2, 4, 7, 14")
-        predict, weight = (getattr(self, name) or RECIPES[self.recipe][name] for name in ("predict", "weight"))
-        if weight not in (("ce", "elbo") if predict == "levels" else ("simple", "elbo", "min-snr")):
-            raise SystemExit(f"weight={weight} does not go with predict={predict}: --recipe=levels is predict=levels with weight=ce")
+        if self.weight not in (("ce", "elbo") if self.predict == "levels" else ("simple", "elbo", "min-snr")):
+            raise SystemExit(f"weight={self.weight} does not go with predict={self.predict}: --recipe=levels is predict=levels with weight=ce")
         if not 0 < self.drop_label < 1:
             raise SystemExit(f"drop_label={self.drop_label} must be between 0 and 1: guidance needs both, with and without")
 
@@ -142,11 +141,13 @@ LADDER = {   # embed_diffusion.py: the documents' baseline, which fails, and its
     "x0": dict(predict="x0"),                              # the embedding is predicted, not the noise
     "softmax": dict(predict="tokens", weight="ce"),        # probabilities of the characters are, trained by cross-entropy: learned rounding
     "learned": dict(learned=True),                         # the table is trained with the network
-    "range": dict(schedule="sqrt", low=-6.0, high=6.0),    # noise where characters of norm 1 are neither certain nor lost
-    "selfcond": dict(selfcond=True),
-    "prior": dict(prior=True),
-    "hint": dict(hint=True, time=False),
-    "turns": dict(spread=3.0),
+    "range": dict(low=-6.0, high=6.0),                     # noise from where characters of norm 1 are certain to where they are lost
+    "sqrt": dict(schedule="sqrt"),                         # and in training mostly between the two
+    "selfcond": dict(selfcond=True),                       # the network is shown its own earlier guess
+    "prior": dict(prior=True),                             # what the noisy embedding says of its character is added, not learned
+    "hint": dict(hint=True),                               # and shown to the network
+    "timeless": dict(time=False),                          # which can see the noise level itself
+    "turns": dict(spread=3.0),                             # characters become clean one after another
 }
 EMBED = {name: {k: v for rung in list(LADDER.values())[:i + 1] for k, v in rung.items()} for i, name in enumerate(LADDER)}   # recipes in full
 EMBED["best"] = EMBED["turns"] | dict(prompts=0.25)
@@ -156,7 +157,6 @@ EMBED["diffusion-lm"] = EMBED["x0"] | dict(rows="free", weight="diffusion-lm", s
 
 @dataclass(frozen=True)
 class Embed(Config):   # embed_diffusion.py: Gaussian diffusion over embeddings of characters
-    recipe: Literal[tuple(EMBED)] = "best"                 # what all below dim is, where it is not typed (EMBED)
     dim: int = 16                  # numbers in an embedding
     rows: Literal["small", "unit", "free"] = "unit"        # of the table: .02 a number, as the documents' baseline; norm 1; as they come
     learned: bool = True           # train the table with the network
@@ -173,6 +173,7 @@ class Embed(Config):   # embed_diffusion.py: Gaussian diffusion over embeddings 
     prompts: float = 0.25          # share of the training windows that have a clean part, for prompts and blanks
     fluency: float = 0.0           # weight of the surprise of predicted pairs of characters, added to the loss
     time: bool = False             # feed the network the noise level
+    recipes = EMBED                # --recipe=NAME: its settings, where they are not typed themselves
 
     def __post_init__(self):
         super().__post_init__()
@@ -289,6 +290,7 @@ class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of eac
     sampler: Literal["", "ddim", "ancestral"] = ""         # empty: what each takes by itself
     td: float = 0.0
     twice: bool = False
+    rounding: Literal["learned", "cosine", "clamp"] = "learned"   # of embeddings, as in EmbedSampler
 
     def __post_init__(self):
         super().__post_init__()
@@ -306,8 +308,11 @@ def at_least(c, least, *names):
 
 
 def parse(argv, cfg):
-    """cfg with the --name=value overrides of argv; a wrong name, type or choice is one line and exit 1 (SystemExit)."""
-    types, changed = {f.name: f.type for f in fields(cfg)}, {}
+    """cfg with the --name=value overrides of argv, before them those of --recipe=NAME where cfg has recipes; a wrong name, type or choice
+    is one line and exit 1 (SystemExit)."""
+    types, changed, recipes = {f.name: f.type for f in fields(cfg)}, {}, getattr(cfg, "recipes", {})
+    if recipes:
+        types["recipe"] = Literal[tuple(recipes)]
     for arg in argv:
         if arg in ("-h", "--help"):
             print("\n".join(inspect.getsource(k) for k in type(cfg).__mro__[-2::-1]))
@@ -320,7 +325,7 @@ def parse(argv, cfg):
         if not arg.startswith("--") or not (eq or kind is bool):
             raise SystemExit(f"write --{name if kind else next(iter(types))}=VALUE, not {arg!r}")
         changed[name] = convert(name, kind, text if eq else "True")
-    return replace(cfg, **changed)
+    return replace(cfg, **(recipes.get(changed.pop("recipe", ""), {}) | changed))
 
 
 def convert(name, kind, text):

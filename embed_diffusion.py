@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import generate
-from config import EMBED, Embed, EmbedSampler, parse, run
+from config import Embed, EmbedSampler, parse, run
 from data import Text
 from diffusion import PLAIN, XHAT, Characters, GaussianDiffusion, scales, stratified
 from model import Transformer
@@ -129,34 +129,39 @@ def tells(x):
 
 
 @torch.no_grad()
-def diagnosis(method, data, n=64):
-    """What the failures of embedding diffusion look like, in words, from n windows: the cross-entropy of the predicted text by noise level beside
-    what one scores who knows only how frequent each character is; the table; what samples know of their text. -> lines"""
+def kit(method, data, n=64):
+    """What the failures of embedding diffusion look like, from n windows, all in bits: nothing, the know-nothing line, which is what one scores
+    who knows only how frequent each character is; ce, the cross-entropy of the predicted text in fifths of the noise; norm and nearest other
+    row of the table; entropy of the characters of samples x, and what one tells of the next, in samples and in text."""
     unigram = torch.bincount(data.train.long(), minlength=len(data.alphabet)).double() + 1
     unigram, val = unigram / unigram.sum(), data.val[torch.linspace(0, len(data.val) - 1, min(n, len(data.val))).long()].long()
     nats, own = cross_entropy(method, val.repeat(5, 1), unigram, torch.Generator().manual_seed(0))
-    fifths = [nats[((own * 5).ceil() == i) & (own < 1)].mean().item() / math.log(2) for i in range(1, 6)]
     table = method.table.double()
-    near = torch.cdist(table, table).fill_diagonal_(math.inf).amin(1).mean().item()
     reseed(0)
     nothing = torch.zeros_like(val[:32])
     *_, (x, _) = method.sample(nothing, nothing > 0, EmbedSampler())
     share = torch.bincount(x.flatten()).double() / x.numel()
-    return [f"know-nothing line: {-(unigram[data.val.long()]).log2().mean():.3f} bits/char: validation text under the frequencies of its characters",
+    return dict(nothing=-unigram[data.val.long()].log2().mean().item(), norm=table.norm(dim=1).mean().item(),
+                ce=[nats[((own * 5).ceil() == i) & (own < 1)].mean().item() / math.log(2) for i in range(1, 6)],
+                near=torch.cdist(table, table).fill_diagonal_(math.inf).amin(1).mean().item(),
+                entropy=-(share[share > 0] * share[share > 0].log2()).sum().item(), order=tells(x), order_of_text=tells(val[:32]), x=x)
+
+
+def diagnosis(k):
+    """The kit in words."""
+    return (f"know-nothing line: {k['nothing']:.3f} bits/char: validation text under the frequencies of its characters\n"
             "cross-entropy of the predicted text by noise level, bits/char: "
-            + "  ".join(f"{a / 5:.1f}-{(a + 1) / 5:.1f}: {ce:.2f}" for a, ce in enumerate(fifths)),
-            f"table: norm {table.norm(dim=1).mean():.3f}, nearest other row at {near:.3f}",
-            f"samples: {-(share[share > 0] * share[share > 0].log2()).sum():.2f} bits of entropy a character, which tells "
-            f"{tells(x):.2f} bits of the next (held-out text {tells(val[:32]):.2f})"]
+            + "  ".join(f"{a / 5:.1f}-{(a + 1) / 5:.1f}: {ce:.2f}" for a, ce in enumerate(k["ce"])) +
+            f"\ntable: norm {k['norm']:.3f}, nearest other row at {k['near']:.3f}\nsamples: {k['entropy']:.2f} bits of entropy a character, "
+            f"which tells {k['order']:.2f} bits of the next (held-out text {k['order_of_text']:.2f})")
 
 
 def main(argv):
     if argv[:1] == ["sample"]:
         return generate.sample(argv[1:], EmbedSampler(), "embed", build)
-    recipe = parse([a for a in argv if a.startswith("--recipe=")], Embed()).recipe
-    ema, data = start(argv, parse(argv, Embed(recipe=recipe, **EMBED[recipe])), "embed", Text, build, show_text(EmbedSampler()))
+    ema, data = start(argv, parse(argv, Embed()), "embed", Text, build, show_text(EmbedSampler()))
     if ema and RANK == 0:
-        print("\n".join(diagnosis(ema, data)))
+        print(diagnosis(kit(ema, data)))
 
 
 if __name__ == "__main__":

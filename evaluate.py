@@ -159,7 +159,8 @@ def sampler(checkpoint, s):
     """How a checkpoint of its kind is sampled."""
     if checkpoint.name not in CODES:
         return s
-    return CODES[checkpoint.name](steps=s.gaussian_steps, sampler=s.sampler or CodeSampler.sampler, td=s.td, twice=s.twice, seed=s.seed)
+    rounding = {"rounding": s.rounding} if checkpoint.name == "embed" else {}
+    return CODES[checkpoint.name](steps=s.gaussian_steps, sampler=s.sampler or CodeSampler.sampler, td=s.td, twice=s.twice, seed=s.seed, **rounding)
 
 
 def infilling(checkpoint, val):
@@ -326,8 +327,8 @@ def main(argv):
         likelihood_tables(checkpoints, s)
     if s.n and checkpoints:
         for how in dict.fromkeys(sampler(k, s) for k in checkpoints):
-            names = Sampler.__dataclass_fields__ if isinstance(how, Sampler) else ("steps", "sampler", "td", "twice", "seed")
-            print(f"\nsampler: {', '.join(f'{k}={getattr(how, k)}' for k in names)}\n")
+            names = Sampler.__dataclass_fields__ if isinstance(how, Sampler) else ("steps", "sampler", "td", "twice", "rounding", "seed")
+            print(f"\nsampler: {', '.join(f'{k}={getattr(how, k)}' for k in names if hasattr(how, k))}\n")
         sample_tables(checkpoints, s, judge)
     if digits:
         print("\n" * bool(checkpoints), end="")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from config import DEVICE, HERE, RECIPES, Mnist, Picture, parse, run
+from config import DEVICE, HERE, Mnist, Picture, parse, run
 from data import Images, whole
 from diffusion import CodeDiffusion, GaussianDiffusion, scales
 from model import Transformer
@@ -68,11 +68,10 @@ class LevelDigits(Labelled, CodeDiffusion):
 
 def build(c, meta):
     """The method of a run: c its Mnist settings."""
-    T, K, r = (28 // c.patch) ** 2, c.patch ** 2, RECIPES[c.recipe]
-    predict, schedule, weight = c.predict or r["predict"], c.schedule or r["schedule"], c.weight or r["weight"]
-    levels = predict == "levels"
+    T, K, levels = (28 // c.patch) ** 2, c.patch ** 2, c.predict == "levels"
     net = Transformer(replace(c, block_size=T), Patches(K + DIGITS, T, c.n_embd), K * 256 if levels else K)
-    method = LevelDigits(net, torch.linspace(-1, 1, 256)[:, None], schedule, weight) if levels else Digits(net, predict, schedule, weight)
+    how = (c.schedule, c.weight)
+    method = LevelDigits(net, torch.linspace(-1, 1, 256)[:, None], *how) if levels else Digits(net, c.predict, *how)
     method.drop_label = c.drop_label
     return method
 
@@ -127,12 +126,7 @@ def png(frames, seconds=0.05, hold=1.0):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
 
 
-# ---- train and sample
-
-def train(argv):
-    """python mnist_ddpm.py: settings as in config.Mnist."""
-    start(argv, parse(argv, Mnist()), "mnist", Images, build, show)
-
+# ---- what training shows, and sampling
 
 def show(ema, data, c):
     """A hundred digits of a network in training, ten of each."""
@@ -167,7 +161,7 @@ def main(argv):
     if argv[:1] == ["sample"]:
         sample(argv[1:])
     else:
-        train(argv)
+        start(argv, parse(argv, Mnist()), "mnist", Images, build, show)
 
 
 if __name__ == "__main__":

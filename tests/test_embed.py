@@ -19,7 +19,7 @@ ABC = {"alphabet": "abcdefgh"}
 
 
 def tiny(recipe="best", **k):
-    return Embed(**{"recipe": recipe, **EMBED[recipe], "block_size": 12, "n_layer": 1, "n_head": 1, "n_embd": 16, "dim": 6, **k})
+    return Embed(**{**EMBED[recipe], "block_size": 12, "n_layer": 1, "n_head": 1, "n_embd": 16, "dim": 6, **k})
 
 
 def alive(m):
@@ -36,7 +36,10 @@ def test_the_ladder_changes_one_thing_at_a_time_and_ends_at_the_default():
         assert {k for k in after if after[k] != before[k]} == set(LADDER[name]), name
     assert Embed(**EMBED["best"]) == Embed() and set(EMBED["baseline"]) < set(Embed.__dataclass_fields__)
     for name, recipe in EMBED.items():
-        Embed(recipe=name, **recipe)
+        c = parse(["--dim=8", f"--recipe={name}", "--seed=3"], Embed())
+        assert c == Embed(dim=8, seed=3, **recipe) and parse([f"--seed={c.seed}", "--dim=8"], c) == c
+    assert parse(["--time=False", "--recipe=baseline"], Embed()) == Embed(**EMBED["baseline"] | {"time": False})
+    assert parse([], Embed(spread=1.0)).spread == 1                                   # an edited config.py holds
 
 
 @pytest.mark.parametrize("args", ["--predict=eps", "--weight=simple", "--predict=x0 --weight=simple", "--weight=diffusion-lm", "--low=7"])
@@ -112,7 +115,7 @@ def test_roundings_by_hand():
 def test_diffusion_lm_is_its_three_terms():
     """With f = 0: |x|^2 + |alpha_T x|^2 + CE(x C^T), x = C + sigma_0 eps; the rounding term has a gradient for the table, none for the network."""
     reseed(0)
-    m, x0 = build(tiny("diffusion-lm"), ABC), torch.randint(8, (400, 12))
+    m, x0 = build(tiny("diffusion-lm", high=0.), ABC), torch.randint(8, (400, 12))    # alpha_T^2 = 1/2: its term is seen
     loss = sum(m(x0).item() for _ in range(5)) / 5
     gamma = m.gamma(torch.tensor([1 / 2000, 1.]).double())[0]
     (_, s0), (aT, _) = (scales(g[None, None]) for g in gamma)
@@ -162,7 +165,7 @@ def test_train_diagnose_sample_and_resume(tmp_path):
         r = run("embed_diffusion.py", "sample", out, "--steps=3", how)
         assert "3 network calls" in r.stderr and r.stdout.strip()
     assert "def " in r.stdout and " (self)" in r.stdout
-    assert "recipe" in run("embed_diffusion.py", "--resume", "--recipe=baseline", out, code=1).stderr
+    assert "which cannot change" in run("embed_diffusion.py", "--resume", "--recipe=baseline", out, code=1).stderr
     r = run("embed_diffusion.py", "--resume", "--max_iters=130", out)
     assert "max_iters: 120 -> 130" in r.stdout
     r = run("embed_diffusion.py", *TINY, "--recipe=baseline", f"--out={tmp_path}/baseline", "--max_iters=20")

@@ -40,9 +40,9 @@ def test_readme_commands_name_real_files_and_settings():
     commands = re.findall(r"(?:python|torchrun[^\n]*?) (\w+\.py(?: sample)?)((?: +--[^\s#`]+(?:\"[^\"]*\")?)*)", README)
     assert len(commands) > 10
     for script, args in commands:
-        names = {f.name for f in dataclasses.fields(SETTINGS[script])}
+        names = {"help", *(f.name for f in dataclasses.fields(SETTINGS[script])), *["recipe"] * hasattr(SETTINGS[script], "recipes")}
         for name in re.findall(r"--(\w+)", args):
-            assert name in names | {"help"}, f"README: {script} --{name}"
+            assert name in names, f"README: {script} --{name}"
 
 
 def test_readme_names_exist():
