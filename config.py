@@ -152,7 +152,7 @@ LADDER = {   # embed_diffusion.py: the documents' baseline, which fails, and its
 EMBED = {name: {k: v for rung in list(LADDER.values())[:i + 1] for k, v in rung.items()} for i, name in enumerate(LADDER)}   # recipes in full
 EMBED["best"] = EMBED["turns"] | dict(prompts=0.25)
 EMBED["orderless"] = EMBED["turns"] | dict(positions=False)   # the last rung, without the first cure
-EMBED["diffusion-lm"] = EMBED["x0"] | dict(rows="free", weight="diffusion-lm", schedule="sqrt", low=-9.2, high=10.0, learned=True)   # Li et al. 2022
+EMBED["diffusion-lm"] = EMBED["x0"] | dict(rows="free", weight="diffusion-lm", schedule="sqrt", low=-4.6, high=10.0, learned=True)   # Li et al. 2022
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from diffusion import PLAIN, XHAT, Characters, GaussianDiffusion, scales, strati
 from model import Transformer
 from train import RANK, reseed, show_text, start
 
-STEPS = 2000   # of Diffusion-LM
+STEPS = 2000                                      # of Diffusion-LM, whose sqrt schedule
+SIGMA_0 = (1 - (1 - .0006 ** .5) / .99) ** .5     # begins with this much noise: .121
 
 
 class Embeddings(Characters):
@@ -68,8 +69,8 @@ class Embeddings(Characters):
         x|^2, which keeps embeddings small, + the cross-entropy of rounding x, not f(z), which keeps them apart; nothing else rounds."""
         embedding, t = self.clean(x0[..., None]), stratified(len(x0), x0.device)
         gamma = self.gamma(t)[0]
-        (a, s), (_, s0), (aT, _) = (scales(g) for g in (gamma, *(self.gamma(torch.full_like(t, end))[0] for end in (1 / STEPS, 1))))
-        x = embedding + s0 * torch.randn_like(embedding)
+        (a, s), (aT, _) = scales(gamma), scales(self.gamma(torch.ones_like(t))[0])
+        x = embedding + SIGMA_0 * torch.randn_like(embedding)
         f = self.guess(a * x + s * torch.randn_like(x), gamma, x0.new_zeros(*x0.shape, 0))[0]
         error = (torch.where((t < 1 / STEPS)[..., None], embedding, x) - f).square().mean() + (aT * x).square().mean()
         return error.float() + F.cross_entropy((x.float() @ self.table.T).flatten(0, 1), x0.flatten())
