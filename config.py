@@ -271,8 +271,22 @@ class CodeSampler:   # analog_bits.py sample: how text is made from noise
 
 @dataclass(frozen=True)
 class EmbedSampler(CodeSampler):   # embed_diffusion.py sample
+    mode: Literal["diffusion", "blocks", "guided"] = "diffusion"   # blocks: a few characters at a time, each block given those before; guided: the
+    #                                probabilities of the characters are the network's and those of an autoregressive twin, multiplied
+    block: int = 32                # characters in a block
+    twin: str = ""                 # guided: the twin's checkpoint; empty: results/judge.pt
+    weight: float = 0.5            # guided: of the twin, from 0 to 1; the network has the rest
+    steer: str = ""                # no:e (never an e), only:abc, at:5=T (a T at position 5), line:40 (lines of 40 characters)
+    strength: float = 2.0          # of steering: how many times the gradient of the logarithm of that probability
     rounding: Literal["learned", "cosine", "clamp"] = "learned"   # from guess to character: the network's probabilities; the row at the smallest
     #                                angle; clamp: the network's, and each guess becomes the row of its likeliest character (Diffusion-LM)
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "block")
+        at_least(self, 0, "weight", "strength")
+        if self.weight > 1:
+            raise SystemExit(f"weight={self.weight} is a share, at most 1")
 
 
 @dataclass(frozen=True)

@@ -405,9 +405,9 @@ class CodeDiffusion(GaussianDiffusion):
         logits = self.logits(z, gamma, extra, before)
         return self.mean(logits), logits.softmax(-1)
 
-    def rounded(self, xhat, p, s):
-        """A guess as the sampler s wants it."""
-        return xhat, p
+    def decide(self, z, gamma, extra, before, s):
+        """The guess that the sampler s goes on with, as `guess`."""
+        return self.guess(z, gamma, extra, before)
 
     def regularizer(self, logits, x0):
         """What a subclass adds to the cross-entropy."""
@@ -443,25 +443,25 @@ class CodeDiffusion(GaussianDiffusion):
         return -told.flatten(0, 2).gather(1, x0.reshape(-1, 1)).view(len(x0), -1).sum(1)
 
     @torch.no_grad()
-    def sample(self, x, known, s):
+    def sample(self, x, known, s, later=None):
         """Write tokens x (B, T, N) where they are not known (B, T), in s.steps steps; yields (tokens, probabilities), (B, T, N) each, after
-        every step: the likeliest of each, and how likely. z itself is never the result: at t = 0 it is no token.
+        every step: the likeliest of each, and how likely. z itself is never the result: at t = 0 it is no token. later (B, T) stays noise.
 
         The network is shown the xhat of the step before, or with s.twice of a first pass at the same z. Known positions are clean, as in
         training, or with s.replace as noisy as the others, for a network that never saw a clean one. s.td: see GaussianDiffusion."""
-        codes, before, order = self.clean(x), None, torch.rand(known.shape).to(x.device)
+        codes, before, order, later = self.clean(x), None, torch.rand(known.shape).to(x.device), known & False if later is None else later
         eps, z, extra = torch.randn(2, *codes.shape, dtype=torch.float64).to(x.device).unbind(0) + (codes.new_zeros(*codes.shape[:2], 0),)
-        turns = lambda t: self.turns(z.new_full((len(z), 1), t), lambda: order, None if s.replace else known)[0]
-        level_at = lambda i: self.gamma(turns(max(i / s.steps, 0)))[0]
+        turns = lambda t: self.turns(z.new_full((len(z), 1), t), lambda: order, None if s.replace else known | later)[0].expand(known.shape)
+        level_at = lambda i: self.gamma(turns(max(i / s.steps, 0)).masked_fill(later, 1))[0]
         here = level_at(s.steps)
         for i in range(s.steps, 0, -1):
             gamma, to = level_at(i), level_at(i - 1 - s.td)
             a, sd = scales(here)                                                      # where the last step went: with td, beyond its label
             z = torch.where(known[..., None], a * codes + sd * eps if s.replace else codes, z)
-            level = gamma.expand(known.shape) if s.replace else torch.where(known, self.ends[0], gamma)
+            level = gamma if s.replace else torch.where(known, self.ends[0], gamma)
             if s.twice:
                 before = self.guess(z, level, extra)[0]
-            before, p = self.rounded(*self.guess(z, level, extra, before), s)
+            before, p = self.decide(z, level, extra, before, s)
             p, token = p.max(-1)                                                      # (B, T, N)
             z, here = self.step(z, before, gamma, to, s), to
             yield torch.where(known[..., None], x, token), torch.where(known[..., None], 1., p)
@@ -480,9 +480,9 @@ class Characters(CodeDiffusion):
         """One draw of the bound for each row of x0 (B, T), as above: (nats per character (B,), u)."""
         return super().bound(x0[..., None], u, seeds)
 
-    def sample(self, x, known, s):
-        """Write x (B, T) where it is not known (B, T); yields (characters, confidence) after each step."""
-        for y, p in super().sample(x.masked_fill(~known, 0)[..., None], known, s):
+    def sample(self, x, known, s, later=None):
+        """Write x (B, T) where it is not known (B, T), nor comes later; yields (characters, confidence) after each step."""
+        for y, p in super().sample(x.masked_fill(~known, 0)[..., None], known, s, later):
             yield y[..., 0], p[..., 0]
 
     @property

@@ -3,7 +3,9 @@
     python embed_diffusion.py                                   # the cured model
     python embed_diffusion.py --recipe=baseline                 # watch it fail, with the diagnosis; all recipes: config.EMBED
     python embed_diffusion.py sample --rounding=clamp --steps=100
-    python embed_diffusion.py sample --prompt="ROMEO:{200}" --watch"""
+    python embed_diffusion.py sample --prompt="ROMEO:{200}" --watch
+    python embed_diffusion.py sample --steer="no:e" --strength=2        # or only:, at:, line:; while the text comes out of the noise
+    python embed_diffusion.py sample --mode=blocks --length=1000        # or guided, by an autoregressive twin"""
 import math
 
 import torch
@@ -11,11 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import generate
-from config import Embed, EmbedSampler, parse, run
+from config import HERE, Embed, EmbedSampler, parse, run
 from data import Text
 from diffusion import PLAIN, XHAT, Characters, GaussianDiffusion, scales, stratified
 from model import Transformer
-from train import RANK, reseed, show_text, start
+from train import RANK, load, reseed, show_text, start
+from train import build as build_twin
 
 STEPS = 2000                                      # of Diffusion-LM, whose sqrt schedule
 SIGMA_0 = (1 - (1 - .0006 ** .5) / .99) ** .5     # begins with this much noise: .121
@@ -23,6 +26,9 @@ SIGMA_0 = (1 - (1 - .0006 ** .5) / .99) ** .5     # begins with this much noise:
 
 class Embeddings(Characters):
     """Codes are embeddings, which may be learned. predict=tokens: all as in CodeDiffusion; eps or x0: the network's output is K numbers."""
+
+    wish, twin = None, None   # for sampling: what is allowed, positions (T,) -> bool (T, V); a twin's logits of its text (B, T)
+    start = 0                 # the position of the window in the text
 
     def __init__(self, net, rows, c):
         super().__init__(net, rows, c.schedule, c.weight, (c.low, c.high), c.selfcond, c.prior, c.prompts, c.spread, c.hint)
@@ -49,12 +55,32 @@ class Embeddings(Characters):
         xhat = self.to_x(self.output(z, gamma, extra).double(), z, *scales(gamma))
         return xhat, (xhat.float() @ self.table.T).softmax(-1)[:, :, None]
 
-    def rounded(self, xhat, p, s):
-        """A guess by s.rounding: learned, as it is; cosine, the row at the smallest angle; clamp, xhat becomes the likeliest row."""
+    def decide(self, z, gamma, extra, before, s):
+        """The guess that the sampler s goes on with. Guided, p is p^(1 - weight) p_twin^weight, where the twin reads what is likeliest so far.
+        Steered towards a wish y, xhat + strength sigma^2 / alpha grad_z log p(y | z), which is the guess of z's score given y (Dhariwal
+        & Nichol 2021), with p(y | z) through this very network: each position is what is allowed there, independently. Rounding: learned,
+        as it is; cosine, the row at the smallest angle; clamp, xhat becomes the likeliest row."""
+        xhat, p = self.guess(z, gamma, extra, before) if not self.wish and not self.twin else self.wished(z, gamma, extra, before, s)
         if s.rounding == "cosine":
             angle = F.normalize(xhat.float(), dim=-1) @ F.normalize(self.table, dim=1).T
             p = F.one_hot(angle.argmax(-1), len(self.table))[:, :, None] * angle.amax(-1).clamp(0, 1)[..., None, None]
         return self.clean(p.argmax(-1)) if s.rounding == "clamp" else xhat, p
+
+    def wished(self, z, gamma, extra, before, s):
+        """`guess`, guided and steered."""
+        with torch.set_grad_enabled(bool(self.wish)):
+            z = z.detach().requires_grad_(bool(self.wish))
+            logp = self.logits(z, gamma, extra, before).log_softmax(-1)               # (B, T, 1, V)
+            if self.twin:
+                twin = self.twin(logp.detach()[:, :, 0].argmax(-1)).log_softmax(-1)[:, :, None]
+                logp = ((1 - s.weight) * logp + s.weight * twin).log_softmax(-1)
+            xhat, p = self.mean(logp).detach(), logp.detach().exp()
+            if self.wish:
+                allowed = self.wish(self.start + torch.arange(z.size(1))).to(z.device)                  # (T, V)
+                pull, = torch.autograd.grad(logp[:, :, 0].masked_fill(~allowed, -math.inf).logsumexp(-1).sum(), z)
+                a, sd = scales(gamma)
+                xhat = xhat + s.strength * sd ** 2 / a * pull
+        return xhat, p
 
     def forward(self, x0):
         """Training loss of characters x0 (B, T)."""
@@ -140,7 +166,8 @@ def kit(method, data, n=64):
     table = method.table.double()
     reseed(0)
     nothing = torch.zeros_like(val[:32])
-    *_, (x, _) = method.sample(nothing, nothing > 0, EmbedSampler())
+    how = EmbedSampler(rounding="cosine" if method.weight == "simple" else "learned")   # nothing has taught such a network to round
+    *_, (x, _) = method.sample(nothing, nothing > 0, how)
     share = torch.bincount(x.flatten()).double() / x.numel()
     return dict(nothing=-unigram[data.val.long()].log2().mean().item(), norm=table.norm(dim=1).mean().item(),
                 ce=[nats[((own * 5).ceil() == i) & (own < 1)].mean().item() / math.log(2) for i in range(1, 6)],
@@ -157,9 +184,37 @@ def diagnosis(k):
             f"which tells {k['order']:.2f} bits of the next (held-out text {k['order_of_text']:.2f})")
 
 
+# ---- control
+
+def wish(steer, alphabet):
+    """What --steer allows: positions (T,) -> bool (T, V). SystemExit where it is none of no:, only:, at:, line:."""
+    kind, _, what = steer.replace("\\n", "\n").partition(":")
+    place, _, char = what.partition("=")
+    named = lambda chars: torch.zeros(len(alphabet), dtype=torch.bool).index_fill_(0, torch.from_numpy(alphabet.encode(chars)), True)
+    if kind in ("no", "only") and what and (kind == "only" or not named(what).all()):
+        return lambda at: (named(what) ^ (kind == "no")).expand(len(at), -1)
+    if kind == "at" and place.isdecimal() and len(char) == 1:
+        return lambda at: named(char) | (at != int(place))[:, None]
+    if kind == "line" and what.isdecimal() and int(what):
+        return lambda at: named("\n") ^ (at % (int(what) + 1) != int(what))[:, None]
+    raise SystemExit(f"steer={steer!r}: write no:e, only:abc, at:5=T or line:40")
+
+
+def prepare(method, alphabet, s):
+    """Give method what the sampler s needs: the wish and the twin."""
+    if (s.steer or s.mode == "guided") and not method.tokens:
+        raise SystemExit("steer and mode=guided need a network that predicts probabilities: predict=tokens")
+    method.wish = wish(s.steer, alphabet) if s.steer else None
+    if s.mode == "guided":
+        twin, c, meta = load(s.twin or HERE / "results/judge.pt", build_twin, ("ar",))
+        if meta["alphabet"] != alphabet.chars or c.block_size < method.net.rope.size(1):
+            raise SystemExit("the twin reads other characters, or shorter windows, than this model writes")
+        method.twin = twin.logits
+
+
 def main(argv):
     if argv[:1] == ["sample"]:
-        return generate.sample(argv[1:], EmbedSampler(), "embed", build)
+        return generate.sample(argv[1:], EmbedSampler(), "embed", build, prepare)
     ema, data = start(argv, parse(argv, Embed()), "embed", Text, build, show_text(EmbedSampler()))
     if ema and RANK == 0:
         print(diagnosis(kit(ema, data)))

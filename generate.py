@@ -37,21 +37,27 @@ def write(method, ids, known, T, s):
     """Fill s.n copies of ids (L,) where known (L,) is False; yields (x (n, L), confidence (n, L)) after every network call.
 
     The network always sees a full window of T characters. A short text is a window that is cut; a long one is written from left to right,
-    each window starting half a window on, with what is written before it as clean context."""
+    each window starting half a window on, with what is written before it as clean context; in blocks (s.mode), each window ending with
+    the next block, or, at the beginning of the text, what comes after it staying noise. method.start says where the window begins."""
     L = len(ids)
     pad = (0, max(0, T - L))
     x = torch.nn.functional.pad(ids, pad).to(DEVICE).repeat(s.n, 1)                    # (n, max(L, T))
     done = torch.nn.functional.pad(known, pad).to(DEVICE).repeat(s.n, 1)
     x, sure = x.masked_fill(~done, method.mask), done.float()
     end = x.size(1)
-    for start in [*range(0, end - T, max(1, T // 2)), end - T]:
+    windows = [(start, start + T) for start in [*range(0, end - T, max(1, T // 2)), end - T]]
+    if getattr(s, "mode", "") == "blocks":
+        B = min(s.block, T)
+        windows = [(max(0, until - T), until) for until in (min(start + B, end) for start in range(0, L, B))]
+    for start, until in windows:
         w = slice(start, start + T)
-        if not done[:, w].all():
-            for part, p in method.sample(x[:, w], done[:, w], s):
+        method.start, later = start, ~done[:, w] & (torch.arange(start, start + T, device=DEVICE) >= until)
+        if not (done[:, w] | later).all():
+            for part, p in method.sample(x[:, w], done[:, w], s, *[later] * bool(later.any())):
                 x, sure = x.clone(), sure.clone()
-                x[:, w], sure[:, w] = part, torch.where(done[:, w], sure[:, w], p)
+                x[:, w], sure[:, w] = torch.where(later, method.mask, part), torch.where(done[:, w] | later, sure[:, w], p)
                 yield x[:, :L], sure[:, :L]
-            done[:, w] = True
+            done[:, w] |= ~later
 
 
 def watch(frames, alphabet):
@@ -121,13 +127,15 @@ def show(method, alphabet, s, T):
     return frames, known
 
 
-def sample(argv, s, name, build):
+def sample(argv, s, name, build, prepare=lambda method, alphabet, s: None):
     """python analog_bits.py sample, python embed_diffusion.py sample: s is the sampler's settings before what is typed."""
     s = parse(argv, s)
     path = Path(s.out) if s.out else HERE / "out" / name
     method, c, meta = load(path, build, (name,))
     print(f"{path}: {name}, trained on {meta['data']['name']} for {meta['step']:,} steps", file=sys.stderr)
-    show(method, Alphabet(meta["alphabet"], raw=getattr(c, "code", "") == "bytes" or meta["data"]["name"] == "enwik8"), s, c.block_size)
+    alphabet = Alphabet(meta["alphabet"], raw=getattr(c, "code", "") == "bytes" or meta["data"]["name"] == "enwik8")
+    prepare(method, alphabet, s)
+    show(method, alphabet, s, c.block_size)
 
 
 def main(argv):

@@ -1,0 +1,112 @@
+"""The ladder of embed_diffusion.py, from the runs of results/ladder.sh: measured into results/ladder.csv, and that as a table and a picture.
+
+    python results/ladder.py out/ladder --data_dir=data --n=100     # measures, then as below
+    python results/ladder.py                                        # prints the table of results/ladder.csv, writes results/ladder.svg"""
+import csv
+import html
+import math
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from config import EMBED, HERE, LADDER, Evaluate, parse, run  # noqa: E402
+from embed_diffusion import kit  # noqa: E402
+from evaluate import judge_of, judged, open_checkpoint, sample, sample_setup, stamp  # noqa: E402
+from metrics import text_metrics  # noqa: E402
+from train import read  # noqa: E402
+
+TABLE = HERE / "results/ladder.csv"
+MASKED = 1.922 / math.log(2)   # bits/char of the masked model of the same size and steps, n = 3 (LOG.md)
+NOTHING = 4.829                # of who knows only how frequent each character is
+SAID = {
+    "baseline": "frozen table of scale .02, predicts the noise, no positions, cosine decoding", "positions": "the network can tell the order",
+    "unit": "rows of norm 1", "x0": "predicts the embedding", "softmax": "probabilities of the characters, cross-entropy: learned rounding",
+    "learned": "the table is trained, too", "range": "noise range matched to rows of norm 1", "sqrt": "trains where there is something to learn",
+    "selfcond": "self-conditioning", "prior": "what the noisy embedding says of its character, added", "hint": "and shown",
+    "timeless": "the noise level not fed", "turns": "characters take turns", "best": "a quarter of the windows with clean parts, for prompts",
+    "orderless": "the last rung without positions", "diffusion-lm": "the loss of Li et al. 2022",
+}
+
+
+def measure(folder, argv):
+    """Measure every run in folder: rows of results/ladder.csv."""
+    s = parse(argv, Evaluate())
+    names = [*EMBED, *sorted({p.name.rsplit(".", 1)[0] if p.name[-2:] in (".1", ".2") else p.name for p in folder.iterdir()} - set(EMBED))]
+    hows = [(name, "clamp" if name == "diffusion-lm" else "learned" if EMBED.get(name, {}).get("predict", "tokens") == "tokens" else "cosine")
+            for name in names if (folder / name / "best.pt").exists()]
+    rows = []
+    for name, rounding in [*hows, ("turns", "cosine"), ("turns", "clamp"), ("diffusion-lm", "learned")]:
+        k, s = open_checkpoint(folder / name), parse([*argv, f"--rounding={rounding}"], Evaluate())
+        seeds = [folder / f"{name}{seed}" / "best.pt" for seed in ("", ".1", ".2")]
+        bounds = [read(path, ("embed",))["bound"] for path in seeds if path.exists()]
+        data, blocks, judge = sample_setup(k, s, judge_of(s))
+        x, _, _ = sample(k, len(blocks), s)
+        texts, facts = [data.alphabet.decode(i) for i in x.tolist()], kit(k.method, data)
+        m = text_metrics(texts, data.source, data.words)
+        rows.append(dict(
+            rung=name, rounding=rounding, step=k.meta["step"], n=len(bounds), bound=mean(bounds), spread=stdev(bounds) if bounds[1:] else 0.,
+            **{f"ce{i}": ce for i, ce in enumerate(facts["ce"])}, norm=facts["norm"], near=facts["near"], order=facts["order"],
+            entropy=m["entropy"][0], words=m["words"][0], words_error=m["words"][1], fourgrams=m["fourgrams"], judge=judged(judge, x)[0],
+            sample=texts[0].replace("\n", "/")))
+        print(rows[-1], file=sys.stderr)
+    with TABLE.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    print(stamp() + "\n")
+
+
+def markdown(rows):
+    """The table, and a sample of each rung in three lines."""
+    yield ("| rung | what is new | bound, bits/char | cross-entropy of the predicted text in fifths of the noise, bits | table: norm, nearest | "
+           "a character tells of the next, bits | entropy, bits | known words | distinct 4-grams | judge, nats/char |")
+    yield "|---|---|---:|---|---:|---:|---:|---:|---:|---:|"
+    for r in rows:
+        f = {k: float(v) for k, v in r.items() if k not in ("rung", "rounding", "sample")}
+        spread = f" ± {f['spread'] / math.log(2):.3f} (n = {r['n']})" if f["n"] > 1 else ""
+        yield (f"| {r['rung']}, {r['rounding']} | {SAID.get(r['rung'], '')} | {f['bound'] / math.log(2):,.3f}{spread} | "
+               + " ".join(f"{f[f'ce{i}']:.2f}" for i in range(5)) + f" | {f['norm']:.2f}, {f['near']:.2f} | {f['order']:.2f} | {f['entropy']:.2f} | "
+               f"{f['words']:.3f} ± {f['words_error']:.3f} | {f['fourgrams']:.3f} | {f['judge']:.2f} |")
+    yield "\nThe first of the samples; / is a new line:\n"
+    for r in rows:
+        lines = [r["sample"][i:i + 43] for i in range(0, len(r["sample"]), 43)]
+        title = f"{r['rung']}, {r['rounding']}"
+        yield "\n".join(f"    {'' if i else title:24}{line}" for i, line in enumerate(lines))
+
+
+def picture(rows):
+    """The rungs as an SVG: a bar as long as the bound in bits/char, up to 8, and what the model writes."""
+    rows = [r for r in rows if r["rung"] in [*LADDER, "orderless"] and r["rounding"] == ("cosine" if r["rung"] in list(LADDER)[:4] else "learned")]
+    left, unit, line, end = 92, 34, 38, 8
+    height, at = 44 + line * len(rows), lambda bits: left + unit * min(bits, end)
+    say = lambda x, y, words, fill="#c9d1d9", size=12, **k: (f'<text x="{x:.0f}" y="{y:.0f}" fill="{fill}" font-size="{size}"'
+                                                          + "".join(f' {n}="{v}"' for n, v in k.items()) + f">{html.escape(words)}</text>")
+    parts = [say(at(NOTHING), 20, "letter frequencies", "#8b949e", 11, **{"text-anchor": "middle"}),
+             say(at(MASKED), 20, "masked", "#8b949e", 11, **{"text-anchor": "middle"}), say(at(end) + 70, 20, "what it writes", "#8b949e", 11),
+             say(16, 20, "bits/char", "#8b949e", 11)]
+    for i, r in enumerate(rows):
+        y, bits = 36 + line * i, float(r["bound"]) / math.log(2)
+        parts += [f'<rect x="{left}" y="{y}" width="{at(bits) - left:.0f}" height="20" rx="3" fill="#1f6feb"/>',
+                  say(left - 8, y + 14, r["rung"], **{"text-anchor": "end"}),
+                  say(at(bits) + 6, y + 14, f"{bits:,.2f}" if bits < end else f"{bits:,.0f}"),
+                  say(at(end) + 70, y + 14, r["sample"][:56], size=11, **{"xml:space": "preserve"}),
+                  say(at(end) + 70, y + 28, SAID[r["rung"]], "#8b949e", 10)]
+    parts += [f'<line x1="{at(bits):.0f}" x2="{at(bits):.0f}" y1="26" y2="{height - 8}" stroke="#8b949e" stroke-dasharray="3 3"/>'
+              for bits in (MASKED, NOTHING)]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {height}" width="860" height="{height}" '
+            'font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"><title>From a baseline that fails to one that writes</title>\n'
+            '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>\n' + "\n".join(parts) + "\n</svg>\n")
+
+
+def main(argv):
+    if argv:
+        measure(Path(argv[0]), argv[1:])
+    with TABLE.open(newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    print("\n".join(markdown(rows)))
+    (HERE / "results/ladder.svg").write_text(picture(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
