@@ -56,18 +56,21 @@ class Embeddings(Characters):
         return xhat, (xhat.float() @ self.table.T).softmax(-1)[:, :, None]
 
     def decide(self, z, gamma, extra, before, s):
-        """The guess that the sampler s goes on with. Guided, p is p^(1 - weight) p_twin^weight, where the twin reads what is likeliest so far.
-        Steered towards a wish y, xhat + strength sigma^2 / alpha grad_z log p(y | z), which is the guess of z's score given y (Dhariwal
-        & Nichol 2021), with p(y | z) through this very network: each position is what is allowed there, independently. Rounding: learned,
-        as it is; cosine, the row at the smallest angle; clamp, xhat becomes the likeliest row."""
-        xhat, p = self.guess(z, gamma, extra, before) if not self.wish and not self.twin else self.wished(z, gamma, extra, before, s)
+        """The guess that the sampler s goes on with: guided and steered, if so prepared, and rounded."""
+        guess = self.wished(z, gamma, extra, before, s) if self.wish or self.twin else self.guess(z, gamma, extra, before)
+        return self.rounded(*guess, s)
+
+    def rounded(self, xhat, p, s):
+        """A guess by s.rounding: learned, as it is; cosine, the row at the smallest angle; clamp, xhat becomes the likeliest row."""
         if s.rounding == "cosine":
             angle = F.normalize(xhat.float(), dim=-1) @ F.normalize(self.table, dim=1).T
             p = F.one_hot(angle.argmax(-1), len(self.table))[:, :, None] * angle.amax(-1).clamp(0, 1)[..., None, None]
         return self.clean(p.argmax(-1)) if s.rounding == "clamp" else xhat, p
 
     def wished(self, z, gamma, extra, before, s):
-        """`guess`, guided and steered."""
+        """`guess`, guided: p is p^(1 - weight) p_twin^weight, where the twin reads what is likeliest so far. And steered towards a wish y: xhat +
+        strength sigma^2 / alpha grad_z log p(y | z) is, at strength 1, the mean of x given z and y (Dhariwal & Nichol 2021), with p(y | z) by
+        this very network: every position holds what is allowed there, independently."""
         with torch.set_grad_enabled(bool(self.wish)):
             z = z.detach().requires_grad_(bool(self.wish))
             logp = self.logits(z, gamma, extra, before).log_softmax(-1)               # (B, T, 1, V)

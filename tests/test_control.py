@@ -51,12 +51,12 @@ def test_what_wishes_allow():
 def test_the_pull_is_the_gradient_by_finite_differences(steer):
     m = smooth()
     m.wish = wish(steer, ABCDEFGH)
-    z, gamma, nothing, before = torch.randn(2, 12, 6).double(), torch.rand(2, 12).double() * 4 - 1, torch.zeros(2, 12, 0).double(), torch.randn(2, 12, 6)
-    how = lambda strength: m.decide(z, gamma, nothing, before.double(), EmbedSampler(strength=strength, steer=steer))[0]
+    z, before, gamma, nothing = *torch.randn(2, 2, 12, 6).double(), torch.rand(2, 12).double() * 4 - 1, torch.zeros(2, 12, 0).double()
+    how = lambda strength: m.decide(z, gamma, nothing, before, EmbedSampler(strength=strength, steer=steer))[0]
     a, s = scales(gamma)
     pull = (how(3.) - how(0.)) / 3 * a / s ** 2
     allowed = m.wish(torch.arange(12))
-    odds = lambda z: m.logits(z, gamma, nothing, before.double())[:, :, 0].double().softmax(-1).mul(allowed).sum(-1).log().sum()
+    odds = lambda z: m.logits(z, gamma, nothing, before)[:, :, 0].double().softmax(-1).mul(allowed).sum(-1).log().sum()
     for _ in range(5):
         way = torch.randn_like(z)
         assert (pull * way).sum().item() == pytest.approx(((odds(z + .003 * way) - odds(z - .003 * way)) / .006).item(), rel=.02, abs=.02)
