@@ -1,0 +1,79 @@
+"""What control costs, on a checkpoint of embeddings: steering by strength; and hybrids beside diffusion alone and a twin alone.
+
+    python results/control.py --out=out/ladder/best --twin=out/bits-arms/twin --n=64 --data_dir=data
+
+A text has its wish if no character of it is one that is not allowed. The judge is another autoregressive model than the twin that guides."""
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import generate  # noqa: E402
+from config import EmbedSampler, Evaluate, Sample, parse, run  # noqa: E402
+from embed_diffusion import prepare, wish  # noqa: E402
+from evaluate import HEAD, judge_of, open_checkpoint, sample_row, sample_setup, stamp  # noqa: E402
+from train import reseed  # noqa: E402
+
+WISHES = ("no:e", "only:abcdefghijklmnopqrstuvwxyz \\n", "at:64=T", "line:30")
+STRENGTHS = (0., 1., 2., 5.)
+
+
+def hybrids(twin):
+    """Title and sampler of each row."""
+    plain = [(f"diffusion, {steps} steps", EmbedSampler(steps=steps)) for steps in (50, 128, 400)]
+    blocks = [(f"blocks of {block}, {steps} steps each", EmbedSampler(mode="blocks", block=block, steps=steps))
+              for block, steps in ((8, 8), (16, 16), (32, 32), (64, 64), (32, 50))]
+    guided = [(f"guided, {weight:g} of the twin, 50 steps", EmbedSampler(mode="guided", weight=weight, twin=twin)) for weight in (.25, .5, .75)]
+    return plain + blocks + guided
+
+
+def main(argv):
+    twin = next((a.partition("=")[2] for a in argv if a.startswith("--twin=")), "")
+    s = parse([a for a in argv if not a.startswith("--twin=")], Evaluate())
+    k, ar = open_checkpoint(s.out), open_checkpoint(twin)
+    data, blocks, judge = sample_setup(k, s, judge_of(s))
+    T = k.c.block_size
+    nothing = torch.zeros(T, dtype=torch.long), torch.zeros(T, dtype=torch.bool)
+
+    def texts(method, how):
+        """len(blocks) texts, network calls, seconds."""
+        reseed(s.seed)
+        begun, calls = time.time(), 0
+        for x, _ in generate.write(method, *nothing, T, how):                         # noqa: B007
+            calls += 1
+        return x, calls, time.time() - begun
+
+    def row(title, method, how):
+        x, calls, seconds = texts(method, how)
+        print(sample_row(title, x, data, judge, ("", f"{calls}", f"{len(x) * T / seconds:,.0f}")), flush=True)
+        return x
+
+    k.method.net.compile(dynamic=False)
+    print(stamp() + "\n\n" + HEAD)
+    print(sample_row(f"{data.name}, held out", blocks, data, judge), flush=True)
+    for title, how in hybrids(twin):
+        how = replace(how, n=len(blocks), seed=s.seed)
+        prepare(k.method, data.alphabet, how)
+        row(title, k.method, how)
+        k.method.twin = None
+    row("the twin", ar.method, Sample(n=len(blocks), seed=s.seed, temperature=1.))
+
+    print("\n| wish | strength | texts that have it | characters that are allowed | judge, nats/char | entropy, bits | distinct 4-grams |\n"
+          "|---|---:|---:|---:|---:|---:|---:|")
+    for steer in WISHES:
+        allowed = wish(steer, data.alphabet)(torch.arange(T))                         # (T, V)
+        for strength in STRENGTHS:
+            how = EmbedSampler(steer=steer, strength=strength, n=len(blocks), seed=s.seed)
+            prepare(k.method, data.alphabet, how)
+            x, _, _ = texts(k.method, how)
+            kept = allowed.gather(1, x.cpu().T).T.double()                            # (n, T)
+            cells = sample_row("", x, data, judge).split("|")
+            shares = [f"{v.mean():.3f} ± {v.std() / len(v) ** .5:.3f}" for v in (kept.prod(1), kept.mean(1))]
+            print(f"| {steer} | {strength:g} | " + " | ".join(shares) + f" |{cells[3]}|{cells[4]}|{cells[7]}|", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
