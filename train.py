@@ -33,7 +33,7 @@ METHODS = {"masked": (Masked, "train.py", "generate.py"), "ar": (Masked, "train.
            "mnist": (Mnist, "mnist_ddpm.py", "mnist_ddpm.py sample"), "bits": (Bits, "analog_bits.py", "analog_bits.py sample"),
            "embed": (Embed, "embed_diffusion.py", "embed_diffusion.py sample")}
 BAKED = ("objective predict patch train_size block_size n_layer n_head n_embd time optimizer code head selfcond prior hint spread dim rows "
-         "learned positions fluency").split()   # for good
+         "learned positions fluency table").split()   # for good
 
 
 def build(c, meta):
@@ -123,7 +123,7 @@ def read(path, methods=("masked", "ar")):
             raise SystemExit(f"{path} is a {name} checkpoint: python {METHODS[name][2] if name in METHODS else '?'} --out={path}")
         if extra := config.keys() - {f.name for f in fields(METHODS[name][0])}:
             raise SystemExit(f"{path} was made by another version: it has the setting {min(extra)!r}")
-        if lost := {f.name for f in fields(METHODS[name][0])} - config.keys() - {"out", "resume", "train_size"}:
+        if lost := {f.name for f in fields(METHODS[name][0])} - config.keys() - {"out", "resume", "train_size", "table"}:
             raise SystemExit(f"{path} was made by another version: it lacks the setting {min(lost)!r}")
         return {**{k: state[k] for k in ("alphabet", "data", "step", "ema")}, **state, "config": METHODS[name][0](**config)}
     except FileNotFoundError:
