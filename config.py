@@ -160,6 +160,7 @@ class Embed(Config):   # embed_diffusion.py: Gaussian diffusion over embeddings 
     dim: int = 16                  # numbers in an embedding
     rows: Literal["small", "unit", "free"] = "unit"        # of the table: .02 a number, as the documents' baseline; norm 1; as they come
     learned: bool = True           # train the table with the network
+    table: str = ""                # begin with these embeddings: GloVe, word2vec, fastText text; .safetensors beside its tokenizer.json
     predict: Literal["eps", "x0", "tokens"] = "tokens"
     weight: Literal["simple", "ce", "elbo", "diffusion-lm"] = "ce"
     schedule: Literal["linear", "cosine", "sqrt"] = "sqrt"
@@ -188,6 +189,8 @@ class Embed(Config):   # embed_diffusion.py: Gaussian diffusion over embeddings 
             raise SystemExit(f"weight={self.weight} does not go with predict={self.predict}: tokens ce or elbo; eps and x0 simple; x0 diffusion-lm")
         if needs and not tokens:
             raise SystemExit(f"{needs[0]} needs predict=tokens, weight=ce or elbo")
+        if self.table and self.rows != "unit":
+            raise SystemExit(f"table needs rows=unit, not {self.rows}")
 
 
 @dataclass(frozen=True)

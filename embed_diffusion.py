@@ -2,6 +2,7 @@
 
     python embed_diffusion.py                                   # the cured model
     python embed_diffusion.py --recipe=baseline                 # watch it fail, with the diagnosis; all recipes: config.EMBED
+    python embed_diffusion.py --table=glove.txt                 # begin with the rows of the alphabet in a pretrained table
     python embed_diffusion.py sample --rounding=clamp --steps=100
     python embed_diffusion.py sample --prompt="ROMEO:{200}" --watch
     python embed_diffusion.py sample --steer="no:e" --strength=2        # or only:, at:, line:; while the text comes out of the noise
@@ -14,7 +15,7 @@ from torch import nn
 
 import generate
 from config import HERE, Embed, EmbedSampler, parse, run
-from data import Text
+from data import Text, pretrained
 from diffusion import PLAIN, XHAT, Characters, GaussianDiffusion, scales, stratified
 from model import Transformer
 from train import RANK, load, reseed, show_text, start
@@ -122,6 +123,17 @@ def build(c, meta):
     return Embeddings(net, torch.randn(V, c.dim) * (.02 if c.rows == "small" else 1), c)
 
 
+def begin(c, meta):
+    """The method of a run that trains: a new one has the rows of the file c.table, if one is named, and says what that lacks."""
+    method = build(c, meta)
+    if c.table and not c.resume:
+        rows, missing = pretrained(c.table, meta["alphabet"], c.dim)                  # drawn after the network, which a table leaves as it is
+        method.rows.data.copy_(rows)
+        if missing and RANK == 0:
+            print(f"{c.table} lacks {len(missing)} of {len(rows)} characters: {missing[:80]!r}{' ...' * (len(missing) > 80)}; they begin at random")
+    return method
+
+
 # ---- why it fails
 
 def cross_entropy(method, x0, unigram, generator):
@@ -218,7 +230,7 @@ def prepare(method, alphabet, s):
 def main(argv):
     if argv[:1] == ["sample"]:
         return generate.sample(argv[1:], EmbedSampler(), "embed", build, prepare)
-    ema, data = start(argv, parse(argv, Embed()), "embed", Text, build, show_text(EmbedSampler()))
+    ema, data = start(argv, parse(argv, Embed()), "embed", Text, begin, show_text(EmbedSampler()))
     if ema and RANK == 0:
         print(diagnosis(kit(ema, data)))
 
