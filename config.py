@@ -134,7 +134,7 @@ class Bits(Config):   # analog_bits.py: Gaussian diffusion over the bits of char
 
 
 LADDER = {   # embed_diffusion.py: the documents' baseline, which fails, and its cure, one change at a time; each rung stands on those before it
-    "baseline": dict(rows="small", predict="eps", weight="simple", schedule="linear", low=-9.2, high=10.0, positions=False, learned=False,
+    "baseline": dict(rows="small", norm=1.0, predict="eps", weight="simple", schedule="linear", low=-9.2, high=10.0, positions=False, learned=False,
                      selfcond=False, prior=False, hint=False, spread=0.0, prompts=0.0, time=True),
     "positions": dict(positions=True),                     # the network can tell the order
     "unit": dict(rows="unit"),                             # rows of norm 1 instead of .02 a number
@@ -148,24 +148,26 @@ LADDER = {   # embed_diffusion.py: the documents' baseline, which fails, and its
     "hint": dict(hint=True),                               # and shown to the network
     "timeless": dict(time=False),                          # which can see the noise level itself
     "turns": dict(spread=3.0),                             # characters become clean one after another
+    "scaled": dict(norm=2.65, low=-4.0, high=8.0),         # the same noise for longer rows: where the schedule looks is where they are told apart
 }
 EMBED = {name: {k: v for rung in list(LADDER.values())[:i + 1] for k, v in rung.items()} for i, name in enumerate(LADDER)}   # recipes in full
-EMBED["best"] = EMBED["turns"] | dict(prompts=0.25)
-EMBED["orderless"] = EMBED["turns"] | dict(positions=False)   # the last rung, without the first cure
+EMBED["best"] = EMBED["scaled"] | dict(prompts=0.25)
+EMBED["orderless"] = EMBED["scaled"] | dict(positions=False)   # the last rung, without the first cure
 EMBED["diffusion-lm"] = EMBED["x0"] | dict(rows="free", weight="diffusion-lm", schedule="sqrt", low=-4.6, high=10.0, learned=True)   # Li et al. 2022
 
 
 @dataclass(frozen=True)
 class Embed(Config):   # embed_diffusion.py: Gaussian diffusion over embeddings of characters
     dim: int = 16                  # numbers in an embedding
-    rows: Literal["small", "unit", "free"] = "unit"        # of the table: .02 a number, as the documents' baseline; norm 1; as they come
+    rows: Literal["small", "unit", "free"] = "unit"        # of the table: .02 a number, as the documents' baseline; all of one norm; as they come
+    norm: float = 2.65             # of rows=unit: as long as the 7 bits of a character in analog_bits.py, so that the same schedule fits
     learned: bool = True           # train the table with the network
     table: str = ""                # begin with these embeddings: GloVe, word2vec, fastText text; .safetensors beside its tokenizer.json
     predict: Literal["eps", "x0", "tokens"] = "tokens"
     weight: Literal["simple", "ce", "elbo", "diffusion-lm"] = "ce"
     schedule: Literal["linear", "cosine", "sqrt"] = "sqrt"
-    low: float = -6.0              # gamma = -log SNR at the clean end
-    high: float = 6.0              # and where all is noise
+    low: float = -4.0              # gamma = -log SNR at the clean end
+    high: float = 8.0              # and where all is noise
     positions: bool = True         # False: the network cannot tell the order of what it reads
     selfcond: bool = True          # show the network its own earlier guess
     prior: bool = True             # add to its logits what the noisy embeddings themselves say
@@ -180,6 +182,7 @@ class Embed(Config):   # embed_diffusion.py: Gaussian diffusion over embeddings 
         super().__post_init__()
         at_least(self, 1, "dim")
         at_least(self, 0, "spread", "fluency")
+        at_least(self, .01, "norm")
         if not 0 <= self.prompts < 1:
             raise SystemExit(f"prompts={self.prompts} is a share, below 1")
         if not -13.3 <= self.low < self.high <= 20:

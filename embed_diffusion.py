@@ -15,9 +15,10 @@ from torch import nn
 
 import generate
 from config import HERE, Embed, EmbedSampler, parse, run
-from data import Text, pretrained
+from data import Text
 from diffusion import PLAIN, XHAT, Characters, GaussianDiffusion, scales, stratified
 from model import Transformer
+from tables import pretrained
 from train import RANK, load, reseed, show_text, start
 from train import build as build_twin
 
@@ -38,7 +39,7 @@ class Embeddings(Characters):
             self.rows = nn.Parameter(rows)
         else:
             self.register_buffer("rows", rows)                                        # kept in checkpoints: it was drawn
-        self.unit_norm, self.tokens, self.fluency = c.rows == "unit", c.predict == "tokens", c.fluency
+        self.norm, self.tokens, self.fluency = c.norm if c.rows == "unit" else 0, c.predict == "tokens", c.fluency
         if not self.tokens:
             self.to_x, self.plain = XHAT[c.predict], PLAIN[c.predict]
         if self.fluency:
@@ -47,7 +48,7 @@ class Embeddings(Characters):
     @property
     def table(self):
         """The embeddings (V, K)."""
-        return F.normalize(self.rows, dim=1) if self.unit_norm else self.rows
+        return self.norm * F.normalize(self.rows, dim=1) if self.norm else self.rows
 
     def guess(self, z, gamma, extra, before=None):
         """As in CodeDiffusion; of a network that predicts numbers, p(token) is softmax(xhat C^T), Diffusion-LM's rounding."""

@@ -32,7 +32,7 @@ LOG = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"] 
 METHODS = {"masked": (Masked, "train.py", "generate.py"), "ar": (Masked, "train.py", "generate.py"),   # settings, what trains, what samples
            "mnist": (Mnist, "mnist_ddpm.py", "mnist_ddpm.py sample"), "bits": (Bits, "analog_bits.py", "analog_bits.py sample"),
            "embed": (Embed, "embed_diffusion.py", "embed_diffusion.py sample")}
-BAKED = ("objective predict patch train_size block_size n_layer n_head n_embd time optimizer code head selfcond prior hint spread dim rows "
+BAKED = ("objective predict patch train_size block_size n_layer n_head n_embd time optimizer code head selfcond prior hint spread dim rows norm "
          "learned positions fluency table").split()   # for good
 
 

@@ -24,7 +24,8 @@ SAID = {
     "unit": "rows of norm 1", "x0": "predicts the embedding", "softmax": "probabilities of the characters, cross-entropy: learned rounding",
     "learned": "the table is trained, too", "range": "noise range matched to rows of norm 1", "sqrt": "trains where there is something to learn",
     "selfcond": "self-conditioning", "prior": "what the noisy embedding says of its character, added", "hint": "and shown",
-    "timeless": "the noise level not fed", "turns": "characters take turns", "best": "a quarter of the windows with clean parts, for prompts",
+    "timeless": "the noise level not fed", "turns": "characters take turns",
+    "scaled": "longer rows, so that the schedule looks where they are told apart", "best": "a quarter of the windows with clean parts, for prompts",
     "orderless": "the last rung without positions", "diffusion-lm": "the loss of Li et al. 2022",
 }
 
@@ -36,7 +37,7 @@ def measure(folder, argv):
     hows = [(name, "clamp" if name == "diffusion-lm" else "learned" if EMBED.get(name, {}).get("predict", "tokens") == "tokens" else "cosine")
             for name in names if (folder / name / "best.pt").exists()]
     rows = []
-    for name, rounding in [*hows, ("turns", "cosine"), ("turns", "clamp"), ("diffusion-lm", "learned")]:
+    for name, rounding in [*hows, ("scaled", "cosine"), ("scaled", "clamp"), ("diffusion-lm", "learned")]:
         k, s = open_checkpoint(folder / name), parse([*argv, f"--rounding={rounding}"], Evaluate())
         seeds = [folder / f"{name}{seed}" / "best.pt" for seed in ("", ".1", ".2")]
         bounds = [read(path, ("embed",))["bound"] for path in seeds if path.exists()]

@@ -11,6 +11,6 @@ arm() {   # name, what is changed
 for recipe in $(python -c "from config import EMBED; print(*EMBED)"); do arm "$recipe" --recipe="$recipe"; done
 for seed in 1 2; do
     arm baseline.$seed --recipe=baseline --seed=$seed
-    arm turns.$seed --recipe=turns --seed=$seed
+    arm scaled.$seed --recipe=scaled --seed=$seed
 done
-for weight in 0.3 1; do arm fluency-$weight --recipe=turns --fluency=$weight; done
+for weight in 0.3 1; do arm fluency-$weight --recipe=scaled --fluency=$weight; done

@@ -13,7 +13,7 @@ ARROWS = {"config": set(), "diffusion": set(), "model": {"config"}, "data": {"co
           "generate": {"config", "data", "train"}, "bench": {"config", "model", "diffusion", "data", "train"},
           "mnist_ddpm": {"config", "model", "diffusion", "data", "train"}, "metrics": {"config"},
           "analog_bits": {"config", "model", "diffusion", "data", "train", "generate"},
-          "embed_diffusion": {"config", "model", "diffusion", "data", "train", "generate"},
+          "embed_diffusion": {"config", "model", "diffusion", "data", "train", "generate", "tables"}, "tables": set(),
           "evaluate": {"config", "data", "train", "generate", "analog_bits", "embed_diffusion", "mnist_ddpm", "metrics"}}
 SETTINGS = {"train.py": config.Masked, "generate.py": config.Sample, "evaluate.py": config.Evaluate, "bench.py": config.Masked,
             "mnist_ddpm.py": config.Mnist, "mnist_ddpm.py sample": config.Picture,
