@@ -75,7 +75,7 @@ def settle(method, alphabet, prompt, T, seed):
             reseed(seed, i)
             L, why = pick(method, before.masked_fill(~known, method.mask).to(DEVICE), after, lengths, T)
             print(f"{blank}: {L} characters ({why})", file=sys.stderr)
-            pieces[i] = (f"{{{L}}}", range(L, L + 1))
+            pieces[i] = (f"{{{L}}}", [L])
     return "".join(text for text, _ in pieces)
 
 
