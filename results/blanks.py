@@ -41,6 +41,7 @@ def main(argv):
     val = corpus(k, s).val
     windows = val[torch.linspace(0, len(val) - 1, min(s.n, len(val))).long()].long()
     k.method.net.compile(dynamic=False)                                               # one shape of batch: twice as fast on a CPU
+    print(stamp() + "\n\n" + HEAD, flush=True)
     reseed(s.seed)
     truth = torch.randint(LENGTHS[0], LENGTHS[-1] + 1, (len(windows),))
     found, place = [], []
@@ -51,7 +52,6 @@ def main(argv):
         place.append(1 + (nats < nats[LENGTHS.index(L)]).sum().item())
     measured = [*scores((torch.tensor(found) - truth).abs()).unbind(1), torch.tensor(place)]
     row = " | ".join("{:.3f} ± {:.3f}".format(*mean([(v, 1) for v in m.tolist()])) for m in measured)
-    print(stamp() + "\n\n" + HEAD)
     print(f"| {k.path}, {len(windows)} windows, {ORDERS} orders | {row} |")
     print(f"| chance: any length | {chance(LENGTHS)} | {(len(LENGTHS) + 1) / 2:.3f} |")
     print(f"| chance: always 10 | {chance([10])} | |")
