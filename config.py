@@ -219,7 +219,7 @@ class Sampler:   # how a trained model writes; shared by generate.py and evaluat
 @dataclass(frozen=True)
 class Sample(Sampler):   # generate.py: what to write; never what the network is
     out: str = ""                  # folder of a run or a checkpoint; empty: out/masked if trained, else the one in results/
-    prompt: str = ""               # {12} is a blank of 12 characters, \n a new line, {{ a brace
+    prompt: str = ""               # {12} is a blank of 12 characters, {20-60} one of unknown length, \n a new line, {{ a brace
     length: int = 0                # characters in all; 0: the prompt if it has blanks, else one block
     n: int = 1                     # texts
     watch: bool = False            # the unmasking, live in the terminal

@@ -170,17 +170,27 @@ class Alphabet:
         glyphs = ["".join(ch if ch.isprintable() or ch in "\n\t" else "\ufffd" for ch in g) for g in glyphs]      # no stray control codes
         return "".join(f"\x1b[38;5;{shade}m{g}" for shade, g in zip(colors, glyphs, strict=True)) + "\x1b[0m"
 
+    def pieces(self, text):
+        """A prompt in pieces (their text, the lengths they may have): none for characters, \\n being a new line and {{ a brace; one for {12}, a
+        blank of 12 characters; a range for {20-60}, a blank of unknown length."""
+        pieces = []
+        for piece, a, b in re.findall(r"((?:\{\{|[^{])+|\{(\d{1,6})(?:-(\d{1,6}))?\}|\{)", text):
+            if piece == "{" or a and not 0 < int(a) <= int(b or a):
+                raise SystemExit(f"prompt {text!r}: a blank is written {{12}} or {{20-60}}, a brace {{{{")
+            pieces.append((piece, range(int(a), int(b or a) + 1) if a else range(0)))
+        return pieces
+
     def prompt(self, text):
-        """A prompt -> (ids, known), int64 and bool (L,): {12} is a blank of 12 characters, \\n a new line, {{ a brace."""
+        """A prompt -> (ids, known), int64 and bool (L,), of `pieces`; SystemExit where there is a blank whose length is still unknown."""
         ids, known = [], []
-        for brace, blank, bad, literal in re.findall(r"(\{\{)|\{(\d{1,6})\}|(\{.?)|([^{]+)", text, re.S):
-            if bad or (blank and not int(blank)):
-                raise SystemExit(f"prompt {text!r}: a blank is written {{12}}, a brace {{{{")
-            literal = "{" if brace else literal.replace("\\n", "\n")
+        for piece, lengths in self.pieces(text):
+            if len(lengths) > 1:
+                raise SystemExit(f"{piece}: a blank of unknown length needs a masked checkpoint")
+            literal = "" if lengths else piece.replace("{{", "{").replace("\\n", "\n")
             if self.raw:
                 literal = literal.encode("utf-8").decode("latin-1")
-            ids += [0] * int(blank or 0) if blank else self.encode(literal).tolist()
-            known += [not blank] * (int(blank) if blank else len(literal))
+            ids += [0] * sum(lengths) + self.encode(literal).tolist()
+            known += [False] * sum(lengths) + [True] * len(literal)
         return torch.tensor(ids, dtype=torch.long), torch.tensor(known, dtype=torch.bool)
 
 

@@ -2,25 +2,81 @@
 
     python generate.py --prompt="ROMEO:" --watch
     python generate.py --prompt="To be, {12} that is the {8}:"         # {12}: a blank of 12 characters
+    python generate.py --prompt="ROMEO:{20-60}JULIET:"                 # a blank of unknown length: by what follows, 20 to 60
     python generate.py --length=1000 --steps=64 --order=entropy
     python generate.py --svg=unmask.svg"""
 import html
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 from config import COLOR, DEVICE, HERE, Sample, parse, run
 from data import Alphabet
 from train import build, load, reseed
+
+EVIDENCE, ORDERS, ROWS = 32, 4, 64   # characters that tell the length of the blank before them, the orders they are read in; windows a call
 
 
 def newest():
     """The checkpoint that is meant when none is named: the masked model trained here, else the one in the repository."""
     trained = HERE / "out/masked/best.pt"
     return trained if trained.exists() else HERE / "results/masked.pt"
+
+
+@torch.no_grad()
+def evidence(method, before, after, lengths, orders, T):
+    """-log p(after | before, L unknown characters between) of a masked model in nats, for each L of lengths: (len(lengths),) float64.
+
+    By the chain rule: all of after (S,) is masked, and revealed a character at a time in each of the orders (O, S); the cross-entropy of each
+    at its turn is added, the mean over the orders taken. The orders are the same for every L, so what luck they bring cancels. before (P,)
+    may have MASKs, and loses of its start what a window of T has no room for; beyond after all is MASK, as `write` would have it."""
+    S = orders.size(1)
+    turns = orders.argsort(1)[:, None] >= torch.arange(S, device=orders.device)[:, None]                 # (O, turn, S): not yet revealed
+    rows, nats = after.masked_fill(turns, method.mask).flatten(0, 1), []                                 # (O S, S)
+    for L in tqdm(lengths, desc="how long is the blank", leave=False, disable=None):
+        start = min(len(before), T - L - S)
+        left = torch.cat([before[len(before) - start:], before.new_full((L,), method.mask)]).expand(len(rows), -1)
+        x = F.pad(torch.cat([left, rows], 1), (0, T - L - S - start), value=method.mask)                 # (O S, T)
+        ce = [F.cross_entropy(method.net(part, (part == method.mask).float().mean(1))[torch.arange(len(part)), start + L + now], after[now],
+                              reduction="none") for part, now in zip(x.split(ROWS), orders.flatten().split(ROWS), strict=True)]
+        nats.append(torch.cat(ce).double().sum() / len(orders))
+    return torch.stack(nats)
+
+
+def pick(method, before, after, lengths, T):
+    """The length of a blank between before (P,) and after (S,) as `settle` chooses it -> (int, why)."""
+    if not len(after):
+        return lengths[int(torch.randint(len(lengths), ()))], "nothing known follows it, so there is no evidence: any length is as likely"
+    if lengths[-1] + len(after) > T:
+        raise SystemExit(f"with the {len(after)} characters that follow a blank may have {T - len(after)}, not {lengths[-1]}: a window has {T}")
+    orders = torch.rand(ORDERS, len(after)).argsort(1).to(after.device)
+    (best, second), at = evidence(method, before, after, lengths, orders, T).topk(2, largest=False)
+    return lengths[at[0]], f"next best {lengths[at[1]]}, {second - best:.1f} nats behind, by {len(after)} that follow"
+
+
+def settle(method, alphabet, prompt, T, seed):
+    """prompt with each blank {a-b} as the {L} that is likeliest by the EVIDENCE characters, or fewer, that directly follow it; told on stderr.
+
+    L minimises -log p(what follows | what precedes, L) - log p(L). p(L) is uniform on a..b, so that its term is the same for all; where
+    another blank or nothing follows there is no more than p(L), and L is drawn from it. From left to right: a blank that is settled is as many
+    MASKs to the next. No filling is scored: the blank stays masked, so that a longer one pays for none of its characters."""
+    pieces = alphabet.pieces(prompt)
+    for i, (blank, lengths) in enumerate(pieces):
+        if len(lengths) > 1:
+            before, known = alphabet.prompt("".join(text for text, _ in pieces[:i]))
+            after, _ = alphabet.prompt("".join(text for text, unknown in pieces[i + 1:i + 2] if not unknown))
+            after = after[:min(EVIDENCE, T // 2)].to(DEVICE)
+            reseed(seed, i)
+            L, why = pick(method, before.masked_fill(~known, method.mask).to(DEVICE), after, lengths, T)
+            print(f"{blank}: {L} characters ({why})", file=sys.stderr)
+            pieces[i] = (f"{{{L}}}", [L])
+    return "".join(text for text, _ in pieces)
 
 
 def plan(alphabet, s, T):
@@ -30,7 +86,7 @@ def plan(alphabet, s, T):
     if L < len(ids):
         raise SystemExit(f"length={L} is shorter than the prompt, which has {len(ids)} characters")
     pad = (0, L - len(ids))
-    return torch.nn.functional.pad(ids, pad), torch.nn.functional.pad(known, pad)
+    return F.pad(ids, pad), F.pad(known, pad)
 
 
 def write(method, ids, known, T, s):
@@ -41,8 +97,8 @@ def write(method, ids, known, T, s):
     the next block, or, at the beginning of the text, what comes after it staying noise. method.start says where the window begins."""
     L = len(ids)
     pad = (0, max(0, T - L))
-    x = torch.nn.functional.pad(ids, pad).to(DEVICE).repeat(s.n, 1)                    # (n, max(L, T))
-    done = torch.nn.functional.pad(known, pad).to(DEVICE).repeat(s.n, 1)
+    x = F.pad(ids, pad).to(DEVICE).repeat(s.n, 1)                    # (n, max(L, T))
+    done = F.pad(known, pad).to(DEVICE).repeat(s.n, 1)
     x, sure = x.masked_fill(~done, method.mask), done.float()
     end = x.size(1)
     windows = [(start, start + T) for start in [*range(0, end - T, max(1, T // 2)), end - T]]
@@ -143,6 +199,8 @@ def main(argv):
     path = s.out or newest()
     method, c, meta = load(path, build)
     name, alphabet = meta["method"], Alphabet(meta["alphabet"], raw=meta["data"]["name"] == "enwik8")
+    if name == "masked":
+        s = replace(s, prompt=settle(method, alphabet, s.prompt, c.block_size, s.seed))
     _, known = plan(alphabet, s, c.block_size)
     blank = (~known).nonzero()
     if name == "ar" and len(blank) and known[int(blank[0]):].any():

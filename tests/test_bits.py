@@ -117,6 +117,7 @@ def test_train_sample_resume_and_the_wrong_script(tmp_path):
     assert "nats/char" in r.stdout and "a bound" in r.stdout and "masked CE" not in r.stdout and "done: python analog_bits.py sample" in r.stdout
     r = run("analog_bits.py", "sample", out, "--prompt=The {5} is", "--n=2", "--steps=3", "--td=1", "--sampler=ddim")
     assert r.stdout.count("The ") == 2 and r.stdout.count(" is") >= 2 and "3 network calls" in r.stderr
+    assert "{3-5}: a blank of unknown length needs a masked" in run("analog_bits.py", "sample", out, "--prompt=The {3-5} is", code=1).stderr
     assert len(run("analog_bits.py", "sample", out, "--length=70", "--steps=2", "--twice", "--watch").stdout) >= 70
     assert "is finished, at step 120" in run("analog_bits.py", "--resume", out, code=1).stderr
     assert "is a bits checkpoint: python analog_bits.py sample --out=" in run("generate.py", out, code=1).stderr
