@@ -142,9 +142,9 @@ LADDER = {   # embed_diffusion.py: the documents' baseline, which fails, and its
     "softmax": dict(predict="tokens", weight="ce"),        # probabilities of the characters are, trained by cross-entropy: learned rounding
     "learned": dict(learned=True),                         # the table is trained with the network
     "range": dict(low=-6.0, high=6.0),                     # noise from where characters of norm 1 are certain to where they are lost
-    "sqrt": dict(schedule="sqrt"),                         # and in training mostly between the two
-    "selfcond": dict(selfcond=True),                       # the network is shown its own earlier guess
     "prior": dict(prior=True),                             # what the noisy embedding says of its character is added, not learned
+    "sqrt": dict(schedule="sqrt"),                         # training is mostly where there is something to learn, hardly where all is clear
+    "selfcond": dict(selfcond=True),                       # the network is shown its own earlier guess
     "hint": dict(hint=True),                               # and shown to the network
     "timeless": dict(time=False),                          # which can see the noise level itself
     "turns": dict(spread=3.0),                             # characters become clean one after another
