@@ -297,7 +297,11 @@ class EmbedSampler(CodeSampler):   # embed_diffusion.py sample
 
 @dataclass(frozen=True)
 class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of each measurement
-    out: str = ""                  # checkpoints or folders of runs, separated by commas; empty: out/masked if trained, else results/
+    out: str = ""                  # checkpoints or folders of runs, separated by commas; empty: all under out/ and results/
+    frontier: bool = False         # samples at four temperatures, too
+    quick: bool = False            # train tiny versions of all four and the twin first, where out/quick lacks them, and report on them
+    report: bool = False           # write the page, out/report.html
+    json: str = ""                 # write what was measured to this file
     dataset: str = ""              # the path of the text of checkpoints that were trained on a file
     data_dir: str = ""             # where corpora are kept; empty: data/ beside the scripts
     judge: str = ""                # an autoregressive checkpoint that scores samples; empty: results/judge.pt

@@ -1,11 +1,15 @@
 """Measure checkpoints: the bound with both its errors, differences from the first, the exact left-to-right likelihood, and what samples
 are worth. Prints Markdown with the command, commit and machine on top.                                          settings: config.Evaluate
 
-    python evaluate.py                                                  # out/masked if trained, else the checkpoint in results/
-    python evaluate.py --out=out/masked,results/masked.pt --n=0         # no samples: bounds, and their paired difference
+    python evaluate.py                                                  # every checkpoint under out/ and results/
+    python evaluate.py --out=out/masked,results/masked.pt --n=0         # these, no samples: bounds, and their paired difference
+    python evaluate.py --report                                         # out/report.html, too: one page for any browser
+    python evaluate.py --json=out/table.json --frontier                 # the same as JSON; samples at four temperatures
+    python evaluate.py --quick                                          # first trains tiny versions of all four and the twin
     python evaluate.py --bound=False --exact=0 --steps=16 --order=confidence
     python evaluate.py --out=out/mnist --guidance=1                     # digits, beside real ones, noise and blur"""
 import functools
+import json
 import math
 import os
 import platform
@@ -14,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +28,13 @@ import torch.nn.functional as F
 import analog_bits
 import embed_diffusion
 import mnist_ddpm
+import report
 import train
-from config import AMP, DEVICE, GPU, HERE, CodeSampler, EmbedSampler, Evaluate, Masked, Mnist, Picture, Sampler, parse, run
-from data import Images, Text, patches, whole
-from generate import newest
-from metrics import Reader, blurred, digit_metrics, frechet, mean, noise_like, read, text_metrics, train_reader, vocabulary
-from mnist_ddpm import grey, many
+from config import AMP, DEVICE, GPU, HERE, CodeSampler, EmbedSampler, Evaluate, Masked, Picture, Sampler, parse, run
+from data import Text, patches, whole
+from judge_digits import digit_floor, digit_row, digit_sample, pictures, real_digits
+from metrics import mean, text_metrics, vocabulary
+from report import Table
 
 BUILD = {"masked": train.build, "ar": train.build, "bits": analog_bits.build, "embed": embed_diffusion.build, "mnist": mnist_ddpm.build}
 CODES = {"bits": CodeSampler, "embed": EmbedSampler}                                  # how they are sampled
@@ -104,34 +110,43 @@ def left_to_right(method, x0):
     return nats / T
 
 
+FIFTHS = {"checkpoint": 0, **{f"{i}-{i + 20}%": 3 for i in range(0, 100, 20)}}
+LIKELIHOOD = {"checkpoint": 0, "method": 0, "parameters": 0, "steps": 0, "bound, nats/char": 4, "± text": 4, "± draws": 4, "bits/char": 3,
+              "minus the first": 4, "masked CE": 3, "left to right": 4, "minus its bound there": 4}
+
+
 def likelihood_tables(checkpoints, s):
-    """Print the bounds and what belongs to them for checkpoints, each compared window by window with the first."""
-    print("| checkpoint | method | parameters | steps | block | bound, nats/char | ± text | ± draws | bits/char | minus the first | masked CE "
-          "| left to right (windows) | minus its bound there |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
-    first, buckets = None, {}
-    for k in checkpoints:
-        data = corpus(k, s)
-        e = likelihood(k.method, data.val)
-        first = first or (data, e)
-        same = data.T == first[0].T and data.meta == first[0].meta
-        gap = e["windows"] - first[1]["windows"] if same else None                    # the same windows under the same masks
-        minus = "" if first[1] is e else f"{gap.mean():+.4f} ± {train.text_error(gap):.4f}" if same else "other windows"
-        ltr, ltr_gap = "", ""
-        if s.exact and k.name == "masked":
-            at = torch.linspace(0, len(data.val) - 1, min(s.exact, len(data.val))).long()
-            nats = torch.cat([left_to_right(k.method, x.long()) for x in data.val[at].split(128)])
-            gap = nats - e["windows"][at]
-            ltr, ltr_gap = f"{nats.mean():.4f} ± {train.text_error(nats):.4f} ({len(at)})", f"{gap.mean():+.4f} ± {train.text_error(gap):.4f}"
-        exact = k.method.levels == 1
-        size = sum(p.numel() for p in k.method.parameters())
-        print(f"| {k.path} | {k.name} | {size:,} | {k.meta['step']:,} | {data.T} | {e['bound']:.4f} | {e['stderr']:.4f} | "
-              f"{'exact' if exact else format(e['mc'], '.4f')} | {e['bound'] / math.log(2):.3f} | {minus} | "
-              f"{'' if math.isnan(e['masked_ce']) or exact else format(e['masked_ce'], '.3f')} | {ltr} | {ltr_gap} |", flush=True)
-        if not exact:
-            buckets.setdefault(k.method.noise, []).append(f"| {k.path} | " + " | ".join(f"{b:.3f}" for b in e["buckets"]) + " |")
-    for noise, rows in buckets.items():
-        print(f"\n| nats by {noise} | 0-20% | 20-40% | 40-60% | 60-80% | 80-100% |\n|---|---:|---:|---:|---:|---:|")
-        print("\n".join(rows))
+    """The bounds and what belongs to them, a table for each corpus, alphabet and block size, where all are in the same windows under the same
+    masks and compared one by one with the first. -> tables"""
+    mean_of = lambda windows: (windows.mean().item(), train.text_error(windows))
+
+    def axis(k):
+        return corpus(k, s).name, k.meta["alphabet"], k.c.block_size, k.meta["data"]["sha256"], k.method.unit
+    tables, noises = [], {}
+    for here in dict.fromkeys(map(axis, checkpoints)):
+        unit = {"char": "characters", "byte": "bytes; nats and bits are per byte"}[here[-1]]
+        tables.append(Table(f"{here[0]}, held out: windows of {here[2]}, {len(here[1])} different {unit}", LIKELIHOOD))
+        first = None
+        for k in (k for k in checkpoints if axis(k) == here):
+            data, exact, bits = corpus(k, s), k.method.levels == 1, math.log(2)
+            e = likelihood(k.method, data.val)
+            minus = None if first is None else mean_of(e["windows"] - first)
+            first = e["windows"] if first is None else first
+            ltr = gap = None
+            if s.exact and k.name == "masked":
+                at = torch.linspace(0, len(data.val) - 1, min(s.exact, len(data.val))).long()
+                nats = torch.cat([left_to_right(k.method, x.long()) for x in data.val[at].split(128)])
+                ltr, gap = (mean_of(x) for x in (nats, nats - e["windows"][at]))
+            tables[-1].add(k.path, k.name, sum(p.numel() for p in k.method.parameters()), k.meta["step"], e["bound"], e["stderr"],
+                           "exact" if exact else e["mc"], (e["bound"] / bits, math.hypot(e["stderr"], e["mc"]) / bits),
+                           minus, None if exact else e["masked_ce"], ltr, gap)
+            if not exact:
+                noises.setdefault(k.method.noise, []).append((k.path, *e["buckets"]))
+    for noise, rows in noises.items():
+        tables.append(Table(f"nats by {noise}", FIFTHS))
+        for row in rows:
+            tables[-1].add(*row)
+    return tables
 
 
 # ---- samples
@@ -175,17 +190,15 @@ def infilling(checkpoint, val):
     return mean([(n, span.sum().item()) for n in ((y == x) & span).sum(1).tolist()])
 
 
-HEAD = ("| text | blocks | judge, nats/char | entropy, bits | known words | names in 1,000 | distinct 4-grams | overlap with training, mean "
-        "(longest) | infilled | calls | characters/s |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+SAMPLES = {"text": 0, "blocks": 0, "judge, nats/char": 3, "entropy, bits": 3, "known words": 3, "names in 1,000": 1, "distinct 4-grams": 3,
+           "overlap with training": 1, "longest": 0, "infilled": 3, "calls": 1, "characters/s": 0}
 
 
-def sample_row(title, x, data, judge, more=("", "", "")):
-    """One row of the table of samples, for the texts x (n, L). more: infilled, calls, characters/s"""
-    texts = [data.alphabet.decode(i) for i in x.tolist()]
-    pm = lambda pair, digits: f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
-    m = text_metrics(texts, data.source, data.words)
-    return (f"| {title} | {len(texts)} | {pm(judged(judge, x), 3) if judge else ''} | {pm(m['entropy'], 3)} | {pm(m['words'], 3)} | "
-            f"{pm(m['names'], 1)} | {m['fourgrams']:.3f} | {pm(m['overlap'], 1)} ({m['longest']}) | " + " | ".join(more) + " |")
+def sample_row(title, x, data, judge, infilled=None, calls=None, speed=None):
+    """A row of the table SAMPLES, for the texts x (n, L)."""
+    m = text_metrics([data.alphabet.decode(i) for i in x.tolist()], data.source, data.words)
+    return (title, len(x), judged(judge, x) if judge else None, m["entropy"], m["words"], m["names"], m["fourgrams"], m["overlap"], m["longest"],
+            infilled, calls, speed)
 
 
 def judge_of(s):
@@ -216,123 +229,133 @@ def sample(checkpoint, n, s):
 
 
 def sample_tables(checkpoints, s, judge):
-    """Print what the samples of checkpoints are like, beside as much held-out text in the same windows."""
-    print(HEAD)
-    shown = set()
-    for k in checkpoints:
-        data, blocks, fitting = sample_setup(k, s, judge)
-        if data not in shown:
-            title = f"{data.name}, held out" + f", beside {len(data.train):,} characters" * bool(k.c.train_size)
-            print(sample_row(title, blocks, data, fitting), flush=True)
-        shown.add(data)
-        x, calls, speed = sample(k, len(blocks), s)
-        found = "{:.3f} ± {:.3f}".format(*infilling(k, blocks))
-        print(sample_row(k.path, x, data, fitting, (found, f"{calls:.1f}", f"{speed:,.0f}")), flush=True)
+    """What the samples of checkpoints are like, a table for each corpus and block size, beside as much held-out text in the same windows and as
+    much by the judge itself. -> tables"""
+    tables, about = [], ""
+    for how in dict.fromkeys(sampler(k, s) for k in checkpoints):
+        names = Sampler.__dataclass_fields__ if isinstance(how, Sampler) else ("steps", "sampler", "td", "twice", "rounding", "seed")
+        about += f"\n\nsampler: {', '.join(f'{k}={getattr(how, k)}' for k in names if hasattr(how, k))}"
+    print(about)
+    for data in dict.fromkeys(corpus(k, s) for k in checkpoints):
+        for k in (k for k in checkpoints if corpus(k, s) is data):
+            _, blocks, fitting = sample_setup(k, s, judge)
+            if not tables or tables[-1].data is not data:
+                tables.append(Table(f"samples, {data.name}, windows of {data.T}", SAMPLES))
+                tables[-1].data = data
+                tables[-1].add(*sample_row(f"held out, beside {len(data.train):,} characters", blocks, data, fitting))
+                if fitting:
+                    own = Sampler(temperature=1.0, seed=s.seed)
+                    x, calls, seconds = written(fitting.method, torch.zeros_like(blocks), torch.zeros_like(blocks) > 0, own)
+                    tables[-1].add(*sample_row("the judge's own, temperature 1", x, data, fitting, None, calls, x.numel() / seconds))
+            x, calls, speed = sample(k, len(blocks), s)
+            tables[-1].add(*sample_row(k.path, x, data, fitting, infilling(k, blocks), calls, speed))
+            for title, how in frontier(k, s) if s.frontier else ():
+                x, calls, speed = sample(k, len(blocks), how)
+                tables[-1].add(*sample_row(f"{k.path}, {title}", x, data, fitting, None, calls, speed))
+    return tables
+
+
+def frontier(k, s):
+    """The frontier of quality against variety: samplers at four temperatures, or for bits and embeddings four td, which is their temperature."""
+    if k.name in CODES:
+        return [(f"td {td:g}", replace(s, td=td)) for td in (0., .5, 1., 2.)]
+    return [(f"temperature {t:g}", replace(s, temperature=t)) for t in (.7, .8, .9, 1.)]
 
 
 # ---- digits
 
-@functools.cache
-def real_digits(name, data_dir, sha256):
-    """Real digits as `metrics.digit_metrics` wants them: train and test images (n, 28, 28), features of the test images, and two Readers:
-    those in results/ if they were trained on this data, else trained once, for some minutes, and kept in out/."""
-    data = Images(Mnist(dataset=name, data_dir=data_dir))
-    if data.meta["data"]["sha256"] != sha256:
-        raise SystemExit(f"these {name} are others than the checkpoint was trained on")
-    images, test = whole(data.train, 4), whole(data.val, 4)
-    kept = [HERE / folder / f"readers-{sha256[:8]}.pt" for folder in ("results", "out")]
-    path = next((p for p in kept if p.exists()), kept[1])
-    if not path.exists():
-        print(f"training two readers of {name}, once, some minutes: {path}", file=sys.stderr)
-        path.parent.mkdir(exist_ok=True)
-        train.save(path, [{k: v.half() for k, v in train_reader(images, data.labels, seed).state_dict().items()} for seed in (0, 1)])
-    readers = []
-    for weights in torch.load(path, map_location=DEVICE, weights_only=True):
-        readers.append(Reader().to(DEVICE).eval())
-        readers[-1].load_state_dict(weights)
-    features, digit = read(readers[0], test)
-    right = [(d == data.val_labels).double().mean().item() for d in (digit, read(readers[1], test)[1])]
-    about = f"{name}; the judge reads {right[0]:.2%} of its {len(test):,} test images right, the other reader {right[1]:.2%}"
-    return SimpleNamespace(about=about, data=data, sets=(images, test, features, *readers), labels=data.labels)
-
-
-DIGITS_HEAD = ("| digits | n | read as asked | Frechet distance | times the floor | precision | recall | nearest training digit, of a test digit's "
-               "| read as 0, 1 ... 9, % | digits/s |\n|---|---:|---:|---:|---:|---:|---:|---:|---|---:|")
-
-
-def digit_row(title, m, floor, speed=""):
-    """One row of the table of digits, m from `metrics.digit_metrics`."""
-    pm = lambda pair: "" if math.isnan(pair[0]) else f"{pair[0]:.3f} ± {pair[1]:.3f}"
-    shares = " ".join(f"{100 * n / sum(m['read']):.0f}" for n in m["read"])
-    return (f"| {title} | {sum(m['read'])} | {pm(m['right'])} | {pm(m['frechet'])} | {m['frechet'][0] / floor:.1f} | {pm(m['precision'])} | "
-            f"{pm(m['recall'])} | {pm(m['near'])} | {shares} | {speed} |")
-
-
-def digit_floor(real, n, seed):
-    """Print the head of the table and what n real digits, noise and blurred digits score. -> the Frechet distance of the real ones: the mean
-    of up to ten draws, since one may be half as much again; its error is the deviation of one draw."""
-    print(f"digits: {real.about}\n")
-    train.reseed(seed)
-    draws = [i.to(DEVICE) for i in torch.randperm(len(real.labels)).split(n)[:10]]
-    images, labels = real.sets[0][draws[0]], real.labels[draws[0]]
-    m = digit_metrics(images, labels, real.sets, itself=1)
-    each = torch.tensor([frechet(read(real.sets[3], real.sets[0][i])[0], real.sets[2]) for i in draws if len(i) == n])
-    floor = each.mean().item()
-    m["frechet"] = (floor, each.std(correction=min(1, len(each) - 1)).item())
-    print(DIGITS_HEAD + "\n" + digit_row("real, from the training set", m, floor))
-    print(digit_row("noise, pixel by pixel as in real ones", digit_metrics(noise_like(real.sets[0], n), None, real.sets), floor))
-    print(digit_row("real, blurred", digit_metrics(blurred(images), labels, real.sets), floor), flush=True)
-    return floor
-
-
-def digit_sample(k, real, s):
-    """Pictures of s.digits digits, all ten in turn, by checkpoint k. -> (their metrics, pictures a second)"""
-    asked, begun = torch.arange(s.digits) % 10, time.time()
-    how = Picture(guidance=s.guidance, steps=s.gaussian_steps, sampler=s.sampler or Picture.sampler, td=s.td, seed=s.seed)
-    x = grey(many(k.method, asked, k.c, how)).to(DEVICE)
-    speed = f"{s.digits / (time.time() - begun):.1f}"
-    return digit_metrics(x, asked, real.sets), speed
-
-
 def digit_tables(checkpoints, s):
-    """Print the bounds of checkpoints of digits, and what pictures by them are like, below the floors of their data."""
-    reals = [real_digits(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"]) for k in checkpoints]
+    """The bounds of checkpoints of digits, and what pictures by them are like, a table for each set of digits, below its floors. -> tables"""
+    tables, noises = [], []
+    key = lambda k: (k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"])
     if s.bound:
-        print("| checkpoint, without labels or guidance | parameters | steps | bits/dim | ± images | ± draws |\n|---|---:|---:|---:|---:|---:|")
-    for k, real in zip(checkpoints, reals, strict=True) if s.bound else ():
-        e = likelihood(k.method, patches(whole(real.data.val, 4), k.c.patch))
-        bits = " | ".join(f"{e[name] / math.log(2):.3f}" for name in ("bound", "stderr", "mc"))
-        print(f"| {k.path} | {sum(p.numel() for p in k.method.parameters()):,} | {k.meta['step']:,} | {bits} |", flush=True)
-    if s.digits:
-        print(f"\nguidance {s.guidance:g}, {s.gaussian_steps} {s.sampler or Picture.sampler} steps, td {s.td:g}", end="; ")
-    shown, floor = None, 0
-    for k, real in zip(checkpoints, reals, strict=True) if s.digits else ():
-        if real is not shown:
-            shown, floor = real, digit_floor(real, s.digits, s.seed)
-        m, speed = digit_sample(k, real, s)
-        print(digit_row(k.path, m, floor, speed), flush=True)
+        columns = {"checkpoint": 0, "parameters": 0, "steps": 0, "bits/dim": 3, "± images": 3, "± draws": 3}
+        tables.append(Table("digits, held out, without labels or guidance", columns))
+    for k in checkpoints if s.bound else ():
+        e = likelihood(k.method, patches(whole(pictures(*key(k)).val, 4), k.c.patch))
+        tables[0].add(f"{k.path}, {key(k)[0]}", sum(p.numel() for p in k.method.parameters()), k.meta["step"],
+                      *(e[name] / math.log(2) for name in ("bound", "stderr", "mc")))
+        noises.append((k.path, *e["buckets"]))
+    if noises:
+        tables.append(Table("nats by noise level, digits", FIFTHS))
+        for row in noises:
+            tables[-1].add(*row)
+    for data in dict.fromkeys(map(key, checkpoints)) if s.digits else ():
+        print(f"\nguidance {s.guidance:g}, {s.gaussian_steps} {s.sampler or Picture.sampler} steps, td {s.td:g}")
+        table, floor = digit_floor(real_digits(*data), s.digits, s.seed)
+        tables.append(table)
+        for k in (k for k in checkpoints if key(k) == data):
+            m, speed = digit_sample(k, real_digits(*data), s)
+            table.add(*digit_row(k.path, m, floor, speed))
+    return tables
+
+
+# ---- all of it
+
+def everything():
+    """Paths of all checkpoints under out/ and results/."""
+    found = [*sorted(HERE.glob("out/**/best.pt")), *sorted(HERE.glob("results/*.pt"))]
+    return [os.path.relpath(p) for p in found if not p.name.startswith("readers-")]
+
+
+def usable(paths, s):
+    """The checkpoints among paths that can be opened and whose data are to be had; what cannot is named, a line each. SystemExit: none can."""
+    found, lost = [], []
+    for path in paths:
+        try:
+            k = open_checkpoint(path)
+            pictures(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"]) if k.name == "mnist" else corpus(k, s)
+            found.append(k)
+        except SystemExit as e:
+            lost.append(str(e))
+    if lost:
+        print("\n".join(lost[:] if found else lost[:-1]), end="\n" * bool(found or lost[1:]), file=sys.stderr)
+    if not found:
+        raise SystemExit(lost[-1] if lost else "no checkpoint under out/ or results/: train first, or pass --out=FOLDER")
+    return found
+
+
+def quick(s):
+    """Train tiny versions of all four and the twin in out/quick, where they are not yet, on data that need no network. -> s for them"""
+    tiny = ("--block_size=64 --n_layer=2 --n_head=2 --n_embd=64 --max_iters=600 --eval_interval=200 --compile=False").split()
+    tasks = {"ar": (train.main, "--objective=ar"), "masked": (train.main, "--objective=masked"), "bits": (analog_bits.main, "--seed=1337"),
+             "embed": (embed_diffusion.main, "--seed=1337"), "mnist": (mnist_ddpm.main, "--dataset=digits")}
+    for name, (main, more) in tasks.items():
+        out = HERE / "out/quick" / name
+        if not (out / "best.pt").exists() or "bound" not in train.read(out / "best.pt", tuple(BUILD)):
+            main(["--dataset=pydoc", *tiny, more, f"--out={out}"])
+    out = ",".join(os.path.relpath(HERE / "out/quick" / name) for name in tasks)
+    return replace(s, out=out, judge=str(HERE / "out/quick/ar"), digits=0, n=min(s.n, 50))
+
+
+def replay(k, s):
+    """One text or digit as it is made, for the page."""
+    name = f"{k.name}: {k.path}"
+    if k.name == "mnist":
+        return {"name": name, **report.drawing(k.method, k.c, 3, s.seed)}
+    return {"name": name, **report.writing(k.method, corpus(k, s).alphabet, k.c.block_size, sampler(k, s))}
 
 
 def main(argv):
     s = parse(argv, Evaluate())
-    every = [open_checkpoint(p) for p in s.out.split(",") if p] or [open_checkpoint(newest())]
+    s = quick(s) if s.quick else s
+    every = usable([p for p in s.out.split(",") if p] or everything(), s)
     checkpoints, digits = [k for k in every if k.name != "mnist"], [k for k in every if k.name == "mnist"]
-    judge = judge_of(s) if s.n and checkpoints else None
-    for k in checkpoints:
-        corpus(k, s)                                                   # what is missing is told before anything is measured
-    for k in digits:
-        real_digits(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"])
-    print(stamp() + "\n")
+    judge, tables = judge_of(s) if s.n and checkpoints else None, []
+    print(stamp())
     if s.bound and checkpoints:
-        likelihood_tables(checkpoints, s)
+        tables += likelihood_tables(checkpoints, s)
     if s.n and checkpoints:
-        for how in dict.fromkeys(sampler(k, s) for k in checkpoints):
-            names = Sampler.__dataclass_fields__ if isinstance(how, Sampler) else ("steps", "sampler", "td", "twice", "rounding", "seed")
-            print(f"\nsampler: {', '.join(f'{k}={getattr(how, k)}' for k in names if hasattr(how, k))}\n")
-        sample_tables(checkpoints, s, judge)
+        tables += sample_tables(checkpoints, s, judge)
     if digits:
-        print("\n" * bool(checkpoints), end="")
-        digit_tables(digits, s)
+        tables += digit_tables(digits, s)
+    if s.report or s.json or s.quick:
+        runs = [(k.path, Path(k.path) / "best.pt" if Path(k.path).is_dir() else k.path) for k in every]
+        data = report.gather(stamp(), tables, runs, [replay(k, s) for k in every])
+        for path, text in [(HERE / "out/report.html", report.page(data))] * (s.report or s.quick) + [(Path(s.json), json.dumps(data))] * bool(s.json):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

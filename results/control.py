@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import generate  # noqa: E402
 from config import EmbedSampler, Evaluate, Sample, parse, run  # noqa: E402
 from embed_diffusion import prepare, wish  # noqa: E402
-from evaluate import HEAD, judge_of, open_checkpoint, sample_row, sample_setup, stamp  # noqa: E402
+from evaluate import SAMPLES, judge_of, open_checkpoint, sample_row, sample_setup, stamp  # noqa: E402
+from report import Table  # noqa: E402
 from train import reseed  # noqa: E402
 
 WISHES = ("no:e", "only:abcdefghijklmnopqrstuvwxyz \\n", "at:64=T", "line:30")
@@ -48,12 +49,12 @@ def main(argv):
 
     def row(title, method, how):
         x, calls, seconds = texts(method, how)
-        print(sample_row(title, x, data, judge, ("", f"{calls}", f"{len(x) * T / seconds:,.0f}")), flush=True)
-        return x
+        table.add(*sample_row(title, x, data, judge, None, calls, len(x) * T / seconds))
 
     k.method.net.compile(dynamic=False)
-    print(stamp() + "\n\n" + HEAD)
-    print(sample_row(f"{data.name}, held out", blocks, data, judge), flush=True)
+    print(stamp())
+    table = Table(f"hybrids, {data.name}, windows of {T}", SAMPLES)
+    table.add(*sample_row("held out", blocks, data, judge))
     for title, how in hybrids(twin):
         how = replace(how, n=len(blocks), seed=s.seed)
         prepare(k.method, data.alphabet, how)
@@ -61,8 +62,8 @@ def main(argv):
         k.method.twin = None
     row("the twin", ar.method, Sample(n=len(blocks), seed=s.seed, temperature=1.))
 
-    print("\n| wish | strength | texts that have it | characters that are allowed | judge, nats/char | entropy, bits | distinct 4-grams |\n"
-          "|---|---:|---:|---:|---:|---:|---:|")
+    table = Table("steering", {"wish": 0, "strength": 0, "texts that have it": 3, "characters that are allowed": 3, "judge, nats/char": 3,
+                               "entropy, bits": 3, "known words": 3, "distinct 4-grams": 3})
     for steer in WISHES:
         allowed = wish(steer, data.alphabet)(torch.arange(T))                         # (T, V)
         for strength in STRENGTHS:
@@ -70,9 +71,9 @@ def main(argv):
             prepare(k.method, data.alphabet, how)
             x, _, _ = texts(k.method, how)
             kept = allowed.gather(1, x.cpu().T).T.double()                            # (n, T)
-            cells = sample_row("", x, data, judge).split("|")
-            shares = [f"{v.mean():.3f} ± {v.std() / len(v) ** .5:.3f}" for v in (kept.prod(1), kept.mean(1))]
-            print(f"| {steer} | {strength:g} | " + " | ".join(shares) + f" |{cells[3]}|{cells[4]}|{cells[7]}|", flush=True)
+            _, _, nats, entropy, words, _, fourgrams, *_ = sample_row("", x, data, judge)
+            shares = ((v.mean().item(), v.std().item() / len(v) ** .5) for v in (kept.prod(1), kept.mean(1)))
+            table.add(steer, strength, *shares, nats, entropy, words, fourgrams)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import Evaluate, at_least, parse, run  # noqa: E402
 from diffusion import SCHEDULES, draw  # noqa: E402
-from evaluate import HEAD, judge_of, open_checkpoint, sample, sample_row, sample_setup, stamp  # noqa: E402
+from evaluate import SAMPLES, judge_of, open_checkpoint, sample, sample_row, sample_setup, stamp  # noqa: E402
+from report import Table  # noqa: E402
 
 STEPS = 100
 
@@ -43,12 +44,13 @@ def main(argv):
     if not getattr(k.c, "time", False) or k.name != "masked":
         raise SystemExit(f"{k.path} is no masked model that is fed the time: train one with --time=True")
     data, blocks, judge = sample_setup(k, s, judge_of(s))
-    print(stamp() + "\n\n" + HEAD)
+    print(stamp())
+    table = Table(f"samples, {data.name}, windows of {data.T}", SAMPLES)
     for wrong_time, flattened in ((False, False), (True, False), (False, True), (True, True)):
         k.method.sample = documents(k.method.net, k.method.mask, wrong_time, flattened)
         x, calls, speed = sample(k, len(blocks), s)
         title = " and ".join(["told t"] * wrong_time + ["one top-k for all"] * flattened) or "neither defect"
-        print(sample_row(title, x, data, judge, ("", f"{calls:.1f}", f"{speed:,.0f}")), flush=True)
+        table.add(*sample_row(title, x, data, judge, None, calls, speed))
 
 
 if __name__ == "__main__":

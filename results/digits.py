@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import HERE, Evaluate, Picture, at_least, parse, run  # noqa: E402
-from evaluate import digit_floor, digit_row, digit_sample, open_checkpoint, real_digits, stamp  # noqa: E402
+from evaluate import open_checkpoint, stamp  # noqa: E402
+from judge_digits import digit_floor, digit_row, digit_sample, real_digits  # noqa: E402
 
 TABLES = {
     "guidance": [dict(guidance=g) for g in (0.0, 1.0, 1.5, 2.0, 4.0)],
@@ -27,15 +28,15 @@ def main(argv):
     at_least(s, 10, "digits")
     k = open_checkpoint(s.out or HERE / "out/mnist")
     k.method.net.compile(dynamic=False)                                               # one shape of batch: twice as fast on a CPU
-    print(stamp() + "\n")
+    print(stamp())
     real = real_digits(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"])
-    floor = digit_floor(real, s.digits, s.seed)
+    table, floor = digit_floor(real, s.digits, s.seed)
     for title in [a for a in argv if a in TABLES] or TABLES:
         for row in TABLES[title]:
             t = replace(s, **row)
             m, speed = digit_sample(k, real, t)
             how = f"guidance {t.guidance:g}, {t.gaussian_steps} {t.sampler or Picture.sampler} steps" + f", td {t.td:g}" * bool(t.td)
-            print(digit_row(f"{title}: {how}", m, floor, speed), flush=True)
+            table.add(*digit_row(f"{title}: {how}", m, floor, speed))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import Evaluate, at_least, parse, run  # noqa: E402
-from evaluate import HEAD, judge_of, open_checkpoint, sample, sample_row, sample_setup, stamp  # noqa: E402
+from evaluate import SAMPLES, judge_of, open_checkpoint, sample, sample_row, sample_setup, stamp  # noqa: E402
 from generate import newest  # noqa: E402
+from report import Table  # noqa: E402
 
 ORDERS = ("random", "confidence", "margin", "entropy")
 PLAIN = dict(order="random", temperature=1.0, remask=0.0, apart=0)
@@ -47,13 +48,14 @@ def main(argv):
     data, blocks, judge = sample_setup(k, s, judge_of(s))
     k.method.net.compile(dynamic=False)                                               # one shape of batch: twice as fast on a CPU
     sample(k, len(blocks), replace(s, steps=2, gaussian_steps=2))              # it is compiled at the first call
-    print(stamp() + "\n\n" + HEAD)
-    print(sample_row(f"{data.name}, held out", blocks, data, judge), flush=True)
+    print(stamp())
+    table = Table(f"samples, {data.name}, windows of {data.T}", SAMPLES)
+    table.add(*sample_row("held out", blocks, data, judge))
     for title in [a for a in argv if a in tables] or tables:
         for row in tables[title]:
             x, calls, speed = sample(k, len(blocks), replace(s, **row))
             shown = [f"{name}={value}" for name, value in row.items() if value != 0] or ["the default"]
-            print(sample_row(f"{title}: {', '.join(shown)}", x, data, judge, ("", f"{calls:.1f}", f"{speed:,.0f}")), flush=True)
+            table.add(*sample_row(f"{title}: {', '.join(shown)}", x, data, judge, None, calls, speed))
 
 
 if __name__ == "__main__":

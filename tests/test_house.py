@@ -14,7 +14,8 @@ ARROWS = {"config": set(), "diffusion": set(), "model": {"config"}, "data": {"co
           "mnist_ddpm": {"config", "model", "diffusion", "data", "train"}, "metrics": {"config"},
           "analog_bits": {"config", "model", "diffusion", "data", "train", "generate"},
           "embed_diffusion": {"config", "model", "diffusion", "data", "train", "generate", "tables"}, "tables": set(),
-          "evaluate": {"config", "data", "train", "generate", "analog_bits", "embed_diffusion", "mnist_ddpm", "metrics"}}
+          "report": {"config", "train", "mnist_ddpm"}, "judge_digits": {"config", "data", "train", "mnist_ddpm", "metrics", "report"},
+          "evaluate": {"config", "data", "train", "analog_bits", "embed_diffusion", "mnist_ddpm", "metrics", "judge_digits", "report"}}
 SETTINGS = {"train.py": config.Masked, "generate.py": config.Sample, "evaluate.py": config.Evaluate, "bench.py": config.Masked,
             "mnist_ddpm.py": config.Mnist, "mnist_ddpm.py sample": config.Picture,
             "analog_bits.py": config.Bits, "analog_bits.py sample": config.CodeSampler,

@@ -8,6 +8,7 @@ from conftest import run
 
 import data
 import evaluate
+import judge_digits
 import metrics
 import mnist_ddpm
 from config import Mnist, Picture, parse
@@ -134,27 +135,27 @@ def test_the_table_of_digits(tmp_path, monkeypatch, capsys):
     """evaluate.py on two recipes, with its floors; readers are trained once, kept, and told when they belong to other digits."""
     few = data.digits(1500, 200)
     monkeypatch.setattr(data, "digits", lambda: few)
-    monkeypatch.setattr(evaluate, "HERE", tmp_path)
-    monkeypatch.setattr(evaluate, "train_reader", lambda images, labels, seed: metrics.train_reader(images, labels, seed, epochs=1))
+    monkeypatch.setattr(judge_digits, "HERE", tmp_path)
+    monkeypatch.setattr(judge_digits, "train_reader", lambda images, labels, seed: metrics.train_reader(images, labels, seed, epochs=1))
     for recipe in ("best", "levels"):
         mnist_ddpm.main([*TINY, f"--recipe={recipe}", f"--out={tmp_path}/{recipe}", "--max_iters=10", "--train_size=100"])
     capsys.readouterr()
     for _ in range(2):
-        evaluate.real_digits.cache_clear()
+        judge_digits.real_digits.cache_clear()
         evaluate.main([f"--out={tmp_path}/best,{tmp_path}/levels", "--digits=20", "--gaussian_steps=3", "--guidance=1.5"])
         told = capsys.readouterr()
         bounds, rows = ([line.split(" | ") for line in t.splitlines() if line.startswith("| ")] for t in told.out.split("\n\nguidance"))
-        assert len(bounds) == 3 and all(float(x.strip(" |")) > 0 for r in bounds[1:] for x in r[3:])
+        assert len(bounds) == 6 and all(float(x.strip(" |")) > 0 for r in bounds[1:3] for x in r[3:])    # bounds, and where they come from
         assert len(rows) == 6 and len({len(r) for r in rows}) == 1 and " 1.5, 3 ddim steps" in told.out
         assert [r[1] for r in rows[1:]] == ["20"] * 5 and rows[1][4] == "1.0" and rows[2][2] == ""
     assert "training two readers" not in told.err and len(list((tmp_path / "out").glob("readers-*.pt"))) == 1
     distances = iter(map(float, range(10)))                                           # of ten draws of real digits: the floor is their mean
-    monkeypatch.setattr(evaluate, "frechet", lambda *_: next(distances))
-    real = evaluate.real_digits("digits", "", evaluate.open_checkpoint(tmp_path / "best").meta["data"]["sha256"])
-    assert evaluate.digit_floor(real, 100, 0) == 4.5 and "| 4.500 ± 3.028 | 1.0 |" in capsys.readouterr().out
+    monkeypatch.setattr(judge_digits, "frechet", lambda *_: next(distances))
+    real = judge_digits.real_digits("digits", "", evaluate.open_checkpoint(tmp_path / "best").meta["data"]["sha256"])
+    assert judge_digits.digit_floor(real, 100, 0)[1] == 4.5 and "| 4.500 ± 3.028 | 1.0 |" in capsys.readouterr().out
     evaluate.main([f"--out={tmp_path}/best", "--digits=0"])
     assert "bits/dim" in (told := capsys.readouterr().out) and "Frechet" not in told
     monkeypatch.setattr(data, "FONT", ("another",))
-    evaluate.real_digits.cache_clear()
+    judge_digits.pictures.cache_clear()
     with pytest.raises(SystemExit, match="are others than"):
         evaluate.main([f"--out={tmp_path}/best"])

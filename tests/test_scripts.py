@@ -140,16 +140,19 @@ def test_evaluate_prints_every_table(trained, tmp_path):
     run("analog_bits.py", *TINY, "--code=bytes", f"--out={tmp_path}/bits")
     out = run("evaluate.py", f"--out={trained},{trained / 'best.pt'},{tmp_path}/ar,{tmp_path}/bits", "--n=3", "--exact=2", "--steps=8",
               "--gaussian_steps=4", "--twice", f"--judge={tmp_path}/ar").stdout
-    assert out.count("sampler: ") == 2 and "| nats by time |" in out and "| nats by share masked |" in out
+    assert out.count("sampler: ") == 2
     assert out.startswith("`python evaluate.py --out=") and " at commit " in out and "PyTorch" in out
-    bounds, buckets, _, samples = ([line.split(" | ") for line in table.splitlines()[2:] if line.startswith("| ")]
-                                for table in re.split(r"\n\n(?=\| )|\n\n(?:sampler.*\n\n+)+", out)[1:])
-    assert [r[1] for r in bounds] == ["masked", "masked", "ar", "bits"] and bounds[0][5:8] == bounds[1][5:8]
-    assert bounds[1][9] == "+0.0000 ± 0.0000" and bounds[2][7] == "exact" and "±" in bounds[2][9] and "±" in bounds[0][11]
+    tables = [(title, [line.split(" | ") for line in table.splitlines()[2:]]) for title, table in re.findall(r"\n(.+)\n\n((?:\|.*\n)+)", out)]
+    (axis, bounds), (other, per_byte), (masks, buckets), (times, _), *written = tables
+    assert axis.startswith("pydoc, held out: windows of 32, ") and "per byte" in other and (masks, times) == ("nats by share masked", "nats by time")
+    assert [r[1] for r in bounds] == ["masked", "masked", "ar"] and [r[1] for r in per_byte] == ["bits"] and bounds[0][4:7] == bounds[1][4:7]
+    assert bounds[1][8] == "0.0000 ± 0.0000" and bounds[2][6] == "exact" and "±" in bounds[2][8] and "±" in bounds[0][10]
     assert len(buckets) == 2 and all(float(b) > 0 for b in re.findall(r"[\d.]+", buckets[0][-1]))
-    assert [r[1] for r in samples] == ["3"] * 7 and {len(r) for r in samples} == {11}
-    assert "pydoc, held out" in samples[0][0] and "held out, beside 2,000 characters" in samples[3][0]
-    assert samples[1][9] == "8.0" and samples[4][9] == "32.0" and samples[6][9] == "8.0"
+    assert [title for title, _ in written] == ["samples, pydoc, windows of 32"] * 3                      # one for each text that was trained on
+    assert all(r[1] == "3" and len(r) == 12 for _, rows in written for r in rows)
+    (real, own, first, _), (less, _, twin), (_, bits) = (rows for _, rows in written)
+    assert "held out, beside 2,000 characters" in less[0] and "held out" in real[0] and "the judge's own" in own[0]
+    assert first[10] == "8.0" and twin[10] == own[10] == "32.0" and bits[10] == "8.0"
 
 
 def test_generate_writes_at_once_from_the_checkpoint_in_the_repository(tmp_path):

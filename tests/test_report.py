@@ -1,0 +1,124 @@
+"""The page: what was measured gets there, and a browser shows it. Without Chromium only the first is tested (CI has it)."""
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import zlib
+
+import pytest
+from conftest import run
+
+import evaluate
+from report import Table, curve, gather, page, spaced
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60",
+        "--train_size=20000"]
+
+
+def browser(path, *args):
+    """Headless Chromium on a page -> (stdout, what its console said)."""
+    if not CHROMIUM:
+        assert not os.environ.get("CI"), "CI needs Chromium"
+        pytest.skip("Chromium is not installed")
+    flags = "--headless --no-sandbox --disable-gpu --hide-scrollbars --enable-logging=stderr --virtual-time-budget=3000".split()
+    r = subprocess.run([CHROMIUM, *flags, *args, path], capture_output=True, text=True, timeout=120)
+    return r.stdout, [line for line in r.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_a_table_prints_its_rows_and_keeps_its_numbers(capsys):
+    t = Table("bounds", {"checkpoint": 0, "steps": 0, "nats": 3, "bits": 2})
+    t.add("a", 12345, 1.23456, (2.345, .06789))
+    t.add("b", 7, float("nan"), None)
+    t.add("c", 7, (float("nan"), 1.), "exact")
+    assert capsys.readouterr().out == ("\nbounds\n\n| checkpoint | steps | nats | bits |\n|---|---:|---:|---:|\n"
+                                       "| a | 12,345 | 1.235 | 2.35 ± 0.07 |\n| b | 7 |  |  |\n| c | 7 |  | exact |\n")
+    assert t.rows[0] == ("a", 12345, 1.23456, (2.345, .06789))
+
+
+def test_looks_are_the_first_the_last_and_evenly_between():
+    assert spaced(list(range(257))) == list(range(0, 257, 4)) and spaced([1, 2]) == [1, 2]
+
+
+def test_curves_are_read_and_what_is_cut_is_left_out(tmp_path):
+    log = tmp_path / "log.csv"
+    assert curve(tmp_path / "best.pt") is None
+    for text in ("", "step,bits\n1,2\n", "step,seconds,bits\n1,2\n", "step,seconds,bits\nx,2,3\n", "step,seconds,bits\n"):
+        log.write_text(text)
+        assert curve(tmp_path / "best.pt") is None, text
+    log.write_text("step,seconds,loss,bits\n100,60,1,4.5\n200,150,1,inf\n")
+    assert curve(tmp_path / "best.pt") == {"steps": (100, 200), "minutes": (1, 2.5), "bits": (4.5, math.inf)}
+    (tmp_path / "masked.csv").write_bytes(log.read_bytes())
+    data = gather("now", [], [("m", tmp_path / "masked.pt"), ("none", tmp_path / "other.pt")], [])
+    assert data["curves"] == [{"name": "m", "steps": [100], "minutes": [1], "bits": [4.5]}]
+
+
+def made(tmp_path, monkeypatch, capsys):
+    """The page of a masked model, its twin, bits, digits and the masked model again; and one checkpoint that is damaged."""
+    for script, name, more in (("train.py", "masked", []), ("train.py", "ar", ["--objective=ar"]), ("analog_bits.py", "bits", []),
+                               ("mnist_ddpm.py", "mnist", ["--dataset=digits", "--train_size=100"])):
+        run(script, *TINY, *more, "--max_iters=10", f"--out={tmp_path}/{name}")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/best.pt").write_bytes((tmp_path / "masked/best.pt").read_bytes()[:5000])
+    monkeypatch.setattr(evaluate, "HERE", tmp_path)
+    out = ",".join(f"{tmp_path}/{name}" for name in ("masked", "cut", "ar", "bits", "mnist", "masked"))
+    evaluate.main([f"--out={out}", "--n=4", "--frontier", "--exact=0", "--digits=0", "--gaussian_steps=6", "--steps=8", f"--judge={tmp_path}/ar",
+                   "--report", f"--json={tmp_path}/sub/table.json"])
+    return capsys.readouterr()
+
+
+def test_the_page_from_checkpoints_to_the_browser(tmp_path, monkeypatch, capsys):
+    told = made(tmp_path, monkeypatch, capsys)
+    assert "cut/best.pt is damaged" in told.err and told.err.count("damaged") == 1
+    data = json.loads((tmp_path / "sub/table.json").read_text())
+    titles = [t["title"] for t in data["tables"]]
+    assert sum("pydoc, held out" in t for t in titles) == 1 and any("digits, held out" in t for t in titles) and any("samples" in t for t in titles)
+    bounds = next(t for t in data["tables"] if "pydoc, held out" in t["title"])
+    assert [r[1] for r in bounds["values"]] == ["masked", "ar", "bits", "masked"] and bounds["values"][0][4] == pytest.approx(math.log(97), abs=1)
+    assert bounds["values"][0] == bounds["values"][3] and data["replay"][0] == data["replay"][4]         # the same twice is the same digits
+    samples = next(t for t in data["tables"] if "samples" in t["title"])["values"]
+    assert len(samples) == 2 + 4 * 5 and sum("temperature" in r[0] for r in samples) == 13 and sum(", td" in r[0] for r in samples) == 4
+    assert samples[2][:-1] == samples[17][:-1] and samples[4][2:-1] != samples[6][2:-1]                  # but for the speed
+    assert len(data["replay"]) == len(data["curves"]) == 5 and len(data["levels"]) == 4
+    for r in data["replay"]:
+        looks = r.get("frames") or r["images"]
+        assert len(looks) == r["calls"] + 1 <= 65
+    assert set(data["replay"][0]["frames"][0][0]) == {"·"} and "·" not in data["replay"][0]["frames"][-1][0]
+    path = f"file://{tmp_path}/out/report.html"
+    (early, console), (late, _), (start, _) = (browser(path + hash, "--dump-dom") for hash in ("#step=10", "#step=60", ""))
+    assert not console, console
+    panes = [re.search(r'id="panes">(.*?)</section>', dom, re.S)[1] for dom in (early, late, start)]
+    assert len(set(panes)) == 3 and all(p.count("<h3>") == 5 for p in panes) and "10 / 64" in early and "0 / 64" in start
+    assert early.count("<circle") >= 15 and early.count("<tr>") >= 10 and "<section id=\"learning\">" in early
+    browser(path + "#step=60", "--window-size=400,3000", f"--screenshot={tmp_path}/shot.png")
+    assert colours(tmp_path / "shot.png") > 50
+
+
+def colours(path):
+    """How many different pixels a PNG of 8-bit colours has, unfiltered rows left as they are: a blank one has a handful."""
+    raw, body, at = path.read_bytes(), b"", 8
+    while at < len(raw):
+        size, kind = int.from_bytes(raw[at:at + 4], "big"), raw[at + 4:at + 8]
+        body += raw[at + 8:at + 8 + size] if kind == b"IDAT" else b""
+        at += 12 + size
+    rows = zlib.decompress(body)
+    return len({rows[i:i + 3] for i in range(0, len(rows) - 3, 3)})
+
+
+def test_a_broken_page_is_noticed(tmp_path):
+    """The console of the browser is heard, and text that looks like markup stays text."""
+    data = gather("</script><b>now", [], [], [{"name": "<i>a</i>", "calls": 1, "frames": [["··", "  "], ["<b", "90"]]}])
+    (tmp_path / "a.html").write_text(page(data), encoding="utf-8")
+    dom, console = browser(f"file://{tmp_path}/a.html#step=64", "--dump-dom")
+    dom, _ = dom.split("<script>")
+    assert not console and "&lt;i&gt;a&lt;/i&gt;: 1 of 1 calls" in dom and "&lt;/script&gt;&lt;b&gt;now" in dom and "<b>" not in dom
+    (tmp_path / "b.html").write_text(page(data).replace("DATA.tables.forEach", "DATA.nothing.forEach"), encoding="utf-8")
+    assert browser(f"file://{tmp_path}/b.html", "--dump-dom")[1]
+
+
+def test_nothing_usable_is_one_line_and_exit_1(tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"no")
+    r = run("evaluate.py", f"--out={tmp_path},{tmp_path}/none", code=1)
+    assert len(r.stderr.strip().splitlines()) == 2 and "damaged" in r.stderr and "no checkpoint" in r.stderr
