@@ -308,10 +308,11 @@ def usable(paths, s):
             found.append(k)
         except SystemExit as e:
             lost.append(str(e))
-    if lost:
-        print("\n".join(lost[:] if found else lost[:-1]), end="\n" * bool(found or lost[1:]), file=sys.stderr)
+    lost = lost or ["no checkpoint under out/ or results/: train first, or pass --out=FOLDER"] * (not found)
+    for line in lost if found else lost[:-1]:
+        print(line, file=sys.stderr)
     if not found:
-        raise SystemExit(lost[-1] if lost else "no checkpoint under out/ or results/: train first, or pass --out=FOLDER")
+        raise SystemExit(lost[-1])
     return found
 
 
@@ -352,7 +353,8 @@ def main(argv):
     if s.report or s.json or s.quick:
         runs = [(k.path, Path(k.path) / "best.pt" if Path(k.path).is_dir() else k.path) for k in every]
         data = report.gather(stamp(), tables, runs, [replay(k, s) for k in every])
-        for path, text in [(HERE / "out/report.html", report.page(data))] * (s.report or s.quick) + [(Path(s.json), json.dumps(data))] * bool(s.json):
+        files = {HERE / "out/report.html": report.page(data)} if s.report or s.quick else {}
+        for path, text in (files | ({Path(s.json): json.dumps(data)} if s.json else {})).items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}", file=sys.stderr)
