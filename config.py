@@ -145,8 +145,8 @@ LADDER = {   # embed_diffusion.py: the documents' baseline, which fails, and its
     "prior": dict(prior=True),                             # what the noisy embedding says of its character is added, not learned
     "sqrt": dict(schedule="sqrt"),                         # training is mostly where there is something to learn, hardly where all is clear
     "selfcond": dict(selfcond=True),                       # the network is shown its own earlier guess
-    "hint": dict(hint=True),                               # and shown to the network
-    "timeless": dict(time=False),                          # which can see the noise level itself
+    "hint": dict(hint=True),                               # what the noisy embedding says is shown to the network, too
+    "timeless": dict(time=False),                          # the network can see the noise level itself
     "turns": dict(spread=3.0),                             # characters become clean one after another
     "scaled": dict(norm=2.65, low=-4.0, high=8.0),         # the same noise for longer rows: where the schedule looks is where they are told apart
 }
@@ -282,7 +282,7 @@ class EmbedSampler(CodeSampler):   # embed_diffusion.py sample
     block: int = 32                # characters in a block
     twin: str = ""                 # guided: the twin's checkpoint; empty: results/judge.pt
     weight: float = 0.5            # guided: of the twin, from 0 to 1; the network has the rest
-    steer: str = ""                # no:e (never an e), only:abc, at:5=T (a T at position 5), line:40 (lines of 40 characters)
+    steer: str = ""                # towards no:e (no e), only:abc, at:5=T (a T at position 5), line:40 (lines of 40 characters)
     strength: float = 2.0          # of steering: how many times the gradient of the logarithm of that probability
     rounding: Literal["learned", "cosine", "clamp"] = "learned"   # from guess to character: the network's probabilities; the row at the smallest
     #                                angle; clamp: the network's, and each guess becomes the row of its likeliest character (Diffusion-LM)
@@ -299,7 +299,7 @@ class EmbedSampler(CodeSampler):   # embed_diffusion.py sample
 class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of each measurement
     out: str = ""                  # checkpoints or folders of runs, separated by commas; empty: all under out/ and results/
     frontier: bool = False         # samples at four temperatures, too
-    quick: bool = False            # train tiny versions of all four and the twin first, where out/quick lacks them, and report on them
+    quick: bool = False            # train tiny versions of all four and the twin first, where out/quick lacks them, and report on these alone
     report: bool = False           # write the page, out/report.html
     json: str = ""                 # write what was measured to this file
     dataset: str = ""              # the path of the text of checkpoints that were trained on a file
@@ -340,6 +340,7 @@ def parse(argv, cfg):
     for arg in argv:
         if arg in ("-h", "--help"):
             print("\n".join(inspect.getsource(k) for k in type(cfg).__mro__[-2::-1]))
+            print("\n".join(f"--recipe={name}: {settings}" for name, settings in getattr(cfg, "recipes", {}).items()))
             raise SystemExit(0)
         name, eq, text = arg.removeprefix("--").partition("=")
         if name not in types and arg.startswith("--"):

@@ -156,17 +156,20 @@ class Alphabet:
     def show(self, i):
         return self.chars[i] if i < len(self.chars) else "·"
 
+    def glyphs(self, ids):
+        """What each of the token ids shows: a character, or with raw nothing but for the last byte of one."""
+        if not self.raw:
+            return [*map(self.show, ids)]
+        join = codecs.getincrementaldecoder("utf-8")("replace").decode
+        return [join(self.show(i).encode("latin-1" if i < len(self) else "utf-8"), n == len(ids)) for n, i in enumerate(ids, 1)]
+
     def paint(self, ids, sure, color=True):
         """Token ids and confidences in [0, 1] as text for a terminal: from red (a guess) to green (certain), masked ones dim."""
         if not color:
             return self.decode(ids)
         shades = (203, 209, 215, 221, 185, 149, 113)
         colors = [240 if i >= len(self) else shades[int(p * 6.99)] for i, p in zip(ids, sure, strict=True)]
-        glyphs = map(self.show, ids)
-        if self.raw:                                              # a character has the colour of its last byte
-            join = codecs.getincrementaldecoder("utf-8")("replace").decode
-            raw = [self.show(i).encode("latin-1" if i < len(self) else "utf-8") for i in ids]
-            glyphs = [join(g, n == len(ids)) for n, g in enumerate(raw, 1)]
+        glyphs = self.glyphs(ids)
         glyphs = ["".join(ch if ch.isprintable() or ch in "\n\t" else "\ufffd" for ch in g) for g in glyphs]      # no stray control codes
         return "".join(f"\x1b[38;5;{shade}m{g}" for shade, g in zip(colors, glyphs, strict=True)) + "\x1b[0m"
 

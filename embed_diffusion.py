@@ -30,7 +30,7 @@ class Embeddings(Characters):
     """Codes are embeddings, which may be learned. predict=tokens: all as in CodeDiffusion; eps or x0: the network's output is K numbers."""
 
     wish, twin = None, None   # for sampling: what is allowed, positions (T,) -> bool (T, V); a twin's logits of its text (B, T)
-    start = 0                 # the position of the window in the text
+    start, free = 0, ...      # the position of the window in the text, and which of its positions (B, T) are to be written
 
     def __init__(self, net, rows, c):
         super().__init__(net, rows, c.schedule, c.weight, (c.low, c.high), c.selfcond, c.prior, c.prompts, c.spread, c.hint)
@@ -63,7 +63,8 @@ class Embeddings(Characters):
         return self.rounded(*guess, s)
 
     def rounded(self, xhat, p, s):
-        """A guess by s.rounding: learned, as it is; cosine, the row at the smallest angle; clamp, xhat becomes the likeliest row."""
+        """A guess by s.rounding: learned, as it is; cosine, the row at the smallest angle; clamp, xhat becomes the likeliest row (so that it cannot
+        be steered)."""
         if s.rounding == "cosine":
             angle = F.normalize(xhat.float(), dim=-1) @ F.normalize(self.table, dim=1).T
             p = F.one_hot(angle.argmax(-1), len(self.table))[:, :, None] * angle.amax(-1).clamp(0, 1)[..., None, None]
@@ -72,7 +73,7 @@ class Embeddings(Characters):
     def wished(self, z, gamma, extra, before, s):
         """`guess`, guided: p is p^(1 - weight) p_twin^weight, where the twin reads what is likeliest so far. And steered towards a wish y: xhat +
         strength sigma^2 / alpha grad_z log p(y | z) is, at strength 1, the mean of x given z and y (Dhariwal & Nichol 2021), with p(y | z) by
-        this very network: every position holds what is allowed there, independently."""
+        this very network: every position on its way holds what is allowed there, independently."""
         with torch.set_grad_enabled(bool(self.wish)):
             z = z.detach().requires_grad_(bool(self.wish))
             logp = self.logits(z, gamma, extra, before).log_softmax(-1)               # (B, T, 1, V)
@@ -82,7 +83,8 @@ class Embeddings(Characters):
             xhat, p = self.mean(logp).detach(), logp.detach().exp()
             if self.wish:
                 allowed = self.wish(self.start + torch.arange(z.size(1))).to(z.device)                  # (T, V)
-                pull, = torch.autograd.grad(logp[:, :, 0].masked_fill(~allowed, -math.inf).logsumexp(-1).sum(), z)
+                odds = logp[:, :, 0].masked_fill(~allowed, -math.inf).logsumexp(-1)
+                pull, = torch.autograd.grad(odds[self.free].sum(), z)
                 a, sd = scales(gamma)
                 xhat = xhat + s.strength * sd ** 2 / a * pull
         return xhat, p
@@ -152,7 +154,8 @@ def cross_entropy(method, x0, unigram, generator):
     xhat, p = method.guess(z, gamma, nothing, before)
     if method.tokens:
         return F.nll_loss(p[:, :, 0].clamp(min=1e-30).log().flatten(0, 1), x0.flatten(), reduction="none").view(x0.shape), own
-    far, nats = (xhat[:, :, None] - method.table).square().sum(-1), torch.zeros(x0.shape, dtype=torch.float64)
+    far = (xhat[:, :, None] - method.table).square().sum(-1)                          # (B, T, V)
+    nats, unigram = far.new_zeros(x0.shape), unigram.to(far)
     for fifth in range(5):
         at = (own * 5).ceil().clamp(min=1) == fifth + 1
         tried = [F.cross_entropy(unigram.log() - 2. ** k * far[at], x0[at], reduction="none") for k in range(-10, 16)]
@@ -163,11 +166,11 @@ def cross_entropy(method, x0, unigram, generator):
 def tells(x):
     """Bits that a character of the texts x (n, T) tells of the next, beyond what it tells in the same text shuffled: 0 where order means nothing."""
     def information(x):
-        pairs = torch.bincount((x[:, :-1] * 1000 + x[:, 1:]).flatten()).double()
+        pairs = torch.unique(x[:, :-1] * (x.max() + 1) + x[:, 1:], return_counts=True)[1].double()
         joint, (first, second) = pairs[pairs > 0], (torch.bincount(v.flatten()).double() for v in (x[:, :-1], x[:, 1:]))
         entropy = lambda n: -(n[n > 0] / n.sum() * (n[n > 0] / n.sum()).log2()).sum().item()
         return entropy(first) + entropy(second) - entropy(joint)
-    shuffled = x.flatten()[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))].view(x.shape)
+    shuffled = x.flatten()[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0)).to(x.device)].view(x.shape)
     return information(x) - information(shuffled)
 
 
@@ -209,9 +212,9 @@ def wish(steer, alphabet):
     named = lambda chars: torch.zeros(len(alphabet), dtype=torch.bool).index_fill_(0, torch.from_numpy(alphabet.encode(chars)), True)
     if kind in ("no", "only") and what and (kind == "only" or not named(what).all()):
         return lambda at: (named(what) ^ (kind == "no")).expand(len(at), -1)
-    if kind == "at" and place.isdecimal() and len(char) == 1:
+    if kind == "at" and place.isdecimal() and len(place) < 7 and len(char) == 1:
         return lambda at: named(char) | (at != int(place))[:, None]
-    if kind == "line" and what.isdecimal() and int(what):
+    if kind == "line" and what.isdecimal() and len(what) < 7 and int(what):
         return lambda at: named("\n") ^ (at % (int(what) + 1) != int(what))[:, None]
     raise SystemExit(f"steer={steer!r}: write no:e, only:abc, at:5=T or line:40")
 
@@ -220,7 +223,9 @@ def prepare(method, alphabet, s):
     """Give method what the sampler s needs: the wish and the twin."""
     if (s.steer or s.mode == "guided") and not method.tokens:
         raise SystemExit("steer and mode=guided need a network that predicts probabilities: predict=tokens")
-    method.wish = wish(s.steer, alphabet) if s.steer else None
+    if s.steer and s.rounding == "clamp":
+        raise SystemExit("steer moves a guess, and rounding=clamp takes it back: leave one of them out")
+    method.wish, method.twin, method.start, method.free = wish(s.steer, alphabet) if s.steer else None, None, 0, ...
     if s.mode == "guided":
         twin, c, meta = load(s.twin or HERE / "results/judge.pt", build_twin, ("ar",))
         if meta["alphabet"] != alphabet.chars or c.block_size < method.net.rope.size(1):

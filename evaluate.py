@@ -300,14 +300,21 @@ def everything():
 
 def usable(paths, s):
     """The checkpoints among paths that can be opened and whose data are to be had; what cannot is named, a line each. SystemExit: none can."""
-    found, lost = [], []
+    found, lost, missing = [], [], {}                                                 # missing: data that are not to be had are looked for once
     for path in paths:
         try:
             k = open_checkpoint(path)
-            pictures(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"]) if k.name == "mnist" else corpus(k, s)
+            sha256 = k.meta["data"]["sha256"]
+            if sha256 in missing:
+                raise SystemExit(missing[sha256])
+            try:
+                pictures(k.meta["data"]["name"], s.data_dir, sha256) if k.name == "mnist" else corpus(k, s)
+            except SystemExit as e:
+                missing[sha256] = str(e)
+                raise
             found.append(k)
         except SystemExit as e:
-            lost.append(str(e))
+            lost.append(str(e) if str(path) in str(e) else f"{path}: {e}")
     lost = lost or ["no checkpoint under out/ or results/: train first, or pass --out=FOLDER"] * (not found)
     for line in lost if found else lost[:-1]:
         print(line, file=sys.stderr)
@@ -317,14 +324,18 @@ def usable(paths, s):
 
 
 def quick(s):
-    """Train tiny versions of all four and the twin in out/quick, where they are not yet, on data that need no network. -> s for them"""
+    """Train tiny versions of all four and the twin in out/quick, where they are not yet, on data that need no network. -> s for them; SystemExit:
+    stopped, by Ctrl-C"""
     tiny = ("--block_size=64 --n_layer=2 --n_head=2 --n_embd=64 --max_iters=600 --eval_interval=200 --compile=False").split()
     tasks = {"ar": (train.main, "--objective=ar"), "masked": (train.main, "--objective=masked"), "bits": (analog_bits.main, "--seed=1337"),
              "embed": (embed_diffusion.main, "--seed=1337"), "mnist": (mnist_ddpm.main, "--dataset=digits")}
     for name, (main, more) in tasks.items():
         out = HERE / "out/quick" / name
-        if not (out / "best.pt").exists() or "bound" not in train.read(out / "best.pt", tuple(BUILD)):
+        finished = lambda path=out / "best.pt": path.exists() and "bound" in train.read(path, tuple(BUILD))
+        if not finished():
             main(["--dataset=pydoc", *tiny, more, f"--out={out}"])
+        if not finished():
+            raise SystemExit(130)
     out = ",".join(os.path.relpath(HERE / "out/quick" / name) for name in tasks)
     return replace(s, out=out, judge=str(HERE / "out/quick/ar"), digits=0, n=min(s.n, 50))
 

@@ -94,7 +94,8 @@ def write(method, ids, known, T, s):
 
     The network always sees a full window of T characters. A short text is a window that is cut; a long one is written from left to right,
     each window starting half a window on, with what is written before it as clean context; in blocks (s.mode), each window ending with
-    the next block, or, at the beginning of the text, what comes after it staying noise. method.start says where the window begins."""
+    the next block, or, at the beginning of the text, what comes after it staying noise. method.start and method.free tell where the window
+    begins and what of it is to be written."""
     L = len(ids)
     pad = (0, max(0, T - L))
     x = F.pad(ids, pad).to(DEVICE).repeat(s.n, 1)                    # (n, max(L, T))
@@ -103,11 +104,13 @@ def write(method, ids, known, T, s):
     end = x.size(1)
     windows = [(start, start + T) for start in [*range(0, end - T, max(1, T // 2)), end - T]]
     if getattr(s, "mode", "") == "blocks":
-        B = min(s.block, T)
+        B = min(s.block, T if L <= T else T // 2)                                       # half a window at least is what was written before
         windows = [(max(0, until - T), until) for until in (min(start + B, end) for start in range(0, L, B))]
     for start, until in windows:
         w = slice(start, start + T)
-        method.start, later = start, ~done[:, w] & (torch.arange(start, start + T, device=DEVICE) >= until)
+        place = torch.arange(start, start + T, device=DEVICE)
+        later = ~done[:, w] & (place >= until)
+        method.start, method.free = start, ~done[:, w] & ~later & (place < L)
         if not (done[:, w] | later).all():
             for part, p in method.sample(x[:, w], done[:, w], s, *[later] * bool(later.any())):
                 x, sure = x.clone(), sure.clone()

@@ -2,6 +2,7 @@
 import base64
 import csv
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -56,8 +57,11 @@ def writing(method, alphabet, T, how):
     reseed(how.seed)
     nothing = torch.zeros(1, T, dtype=torch.long, device=next(method.parameters()).device)
     frames = [(nothing + method.mask, 0. * nothing), *method.sample(nothing, nothing > 0, how)]
-    show = lambda ids, sure: ("".join(map(alphabet.show, ids)), "".join(" " if i >= len(alphabet) else str(int(9.99 * p))
-                                                                        for i, p in zip(ids, sure, strict=True)))
+
+
+    def show(ids, sure):
+        glyphs, sure = alphabet.glyphs(ids), [" " if i >= len(alphabet) else str(int(9.99 * p)) for i, p in zip(ids, sure, strict=True)]
+        return "".join(glyphs), "".join(len(glyph) * p for glyph, p in zip(glyphs, sure, strict=True))
     return dict(calls=len(frames) - 1, frames=[show(x[0].tolist(), p[0].tolist()) for x, p in spaced(frames)])
 
 
@@ -69,10 +73,10 @@ def drawing(method, c, digit, seed):
 
 def gather(stamp, tables, runs, replay):
     """All that is to be shown, as plain lists and numbers. runs: [(name, path)]; replay: [{name, calls, frames or images}]"""
-    plain = lambda x: [plain(y) for y in x] if isinstance(x, tuple | list) else None if x != x else x
+    plain = lambda x: [plain(y) for y in x] if isinstance(x, tuple | list) else None if isinstance(x, float) and not math.isfinite(x) else x
     curves = [{"name": name, **found} for name, path in runs if (found := curve(Path(path)))]
     return {"stamp": stamp, "curves": plain_curves(curves), "replay": replay,
-            "levels": [{"name": row[0], "nats": row[1:]} for t in tables if t.title.startswith("nats by") for row in t.rows],
+            "levels": [{"name": row[0], "nats": plain(row[1:])} for t in tables if t.title.startswith("nats by") for row in t.rows],
             "tables": [{"title": t.title, "head": list(t.columns), "rows": [t.shown(row) for row in t.rows], "values": plain(t.rows)}
                        for t in tables]}
 
@@ -86,4 +90,4 @@ def plain_curves(curves):
 def page(data):
     """The page of what `gather` gathered, self-contained."""
     template = (HERE / "report.html").read_text(encoding="utf-8")
-    return template.replace(MARK, json.dumps(data, allow_nan=False, ensure_ascii=False).replace("</", "<\\/"), 1)
+    return template.replace(MARK, json.dumps(data, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c"), 1)

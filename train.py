@@ -137,7 +137,10 @@ def load(path, build, methods=("masked", "ar")):
     state = read(Path(path) / "best.pt" if Path(path).is_dir() else Path(path), methods)
     c, meta = state["config"], {k: state[k] for k in ("method", "alphabet", "data", "step")}
     method = build(c, meta)
-    method.load_state_dict(state["ema"])                                              # into fp32, whatever it was saved in
+    try:
+        method.load_state_dict(state["ema"])                                          # into fp32, whatever it was saved in
+    except RuntimeError:
+        raise SystemExit(f"{path} was made by another version: its weights do not fit") from None
     return method.to(DEVICE).eval(), c, meta
 
 

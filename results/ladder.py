@@ -5,6 +5,7 @@
 import csv
 import html
 import math
+import re
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,7 +24,7 @@ SAID = {
     "baseline": "frozen table of scale .02, predicts the noise, no positions, cosine decoding", "positions": "the network can tell the order",
     "unit": "rows of norm 1", "x0": "predicts the embedding", "softmax": "probabilities of the characters, cross-entropy: learned rounding",
     "learned": "the table is trained, too", "range": "noise range matched to rows of norm 1", "sqrt": "trains where there is something to learn",
-    "selfcond": "self-conditioning", "prior": "what the noisy embedding says of its character, added", "hint": "and shown",
+    "selfcond": "self-conditioning", "prior": "what the noisy embedding says of its character is added", "hint": "and shown to the network",
     "timeless": "the noise level not fed", "turns": "characters take turns",
     "scaled": "longer rows, so that the schedule looks where they are told apart", "best": "a quarter of the windows with clean parts, for prompts",
     "orderless": "the last rung without positions", "diffusion-lm": "the loss of Li et al. 2022",
@@ -33,14 +34,15 @@ SAID = {
 def measure(folder, argv):
     """Measure every run in folder: rows of results/ladder.csv."""
     s = parse(argv, Evaluate())
-    names = [*EMBED, *sorted({p.name.rsplit(".", 1)[0] if p.name[-2:] in (".1", ".2") else p.name for p in folder.iterdir()} - set(EMBED))]
+    names = [*EMBED, *sorted(p.name for p in folder.iterdir() if p.name not in EMBED and not re.search(r"[a-z]\.\d$", p.name))]
     hows = [(name, "clamp" if name == "diffusion-lm" else "learned" if EMBED.get(name, {}).get("predict", "tokens") == "tokens" else "cosine")
             for name in names if (folder / name / "best.pt").exists()]
     rows = []
-    for name, rounding in [*hows, ("scaled", "cosine"), ("scaled", "clamp"), ("diffusion-lm", "learned")]:
+    hows += [(name, other) for name, other in (("scaled", "cosine"), ("scaled", "clamp"), ("diffusion-lm", "learned")) if name in dict(hows)]
+    for name, rounding in hows:
         k, s = open_checkpoint(folder / name), parse([*argv, f"--rounding={rounding}"], Evaluate())
-        seeds = [folder / f"{name}{seed}" / "best.pt" for seed in ("", ".1", ".2")]
-        bounds = [read(path, ("embed",))["bound"] for path in seeds if path.exists()]
+        seeds = [read(path, ("embed",)) for path in (folder / f"{name}{seed}" / "best.pt" for seed in ("", ".1", ".2")) if path.exists()]
+        bounds = [*{state["config"].seed: state["bound"] for state in seeds}.values()]
         data, blocks, judge = sample_setup(k, s, judge_of(s))
         x, _, _ = sample(k, len(blocks), s)
         texts, facts = [data.alphabet.decode(i) for i in x.tolist()], kit(k.method, data)

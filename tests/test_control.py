@@ -10,7 +10,7 @@ import generate
 from config import EmbedSampler
 from data import Alphabet
 from diffusion import scales
-from embed_diffusion import build, wish
+from embed_diffusion import Embeddings, build, prepare, wish
 from train import reseed
 
 ABCDEFGH = Alphabet("abcdefgh")
@@ -111,6 +111,38 @@ def test_blocks_are_written_from_left_to_right_and_what_comes_later_stays_noise(
     assert (first[:, :, :3] == 0).all() and (first[:, :, 5:] == 1).all() and (first[1:, :, 3:5] < 1).any()
 
 
+def test_long_blocks_leave_half_a_window_for_what_was_written_before():
+    m, given = smooth(), []
+    sample = m.sample
+    m.sample = lambda x, known, s, later=None: (given.append(known.sum().item()), sample(x, known, s, later))[1]
+    for block in (6, 1000):
+        given.clear()
+        *_, (x, _) = generate.write(m, torch.zeros(30, dtype=torch.long), torch.zeros(30) > 0, 12, EmbedSampler(mode="blocks", block=block, steps=2))
+        assert given == [0, 6, 6, 6, 6] and (x < 8).all()
+
+
+def test_what_is_known_does_not_count_in_the_wish():
+    """A prompt that breaks it cannot be changed, and must not pull at the others."""
+    m, known, free, wished = smooth(), torch.arange(12) < 6, [], Embeddings.wished
+    m.wish, how = wish("no:a", ABCDEFGH), EmbedSampler(steer="no:a", strength=1., steps=2)
+    m.wished = lambda *args: (free.append(m.free), wished(m, *args))[1]
+    list(generate.write(m, torch.zeros(10, dtype=torch.long), known[:10], 12, how))
+    assert all(f.equal((torch.arange(12) >= 6) & (torch.arange(12) < 10) & torch.ones(1, 12).bool()) for f in free) and len(free) == 2
+    z, gamma, nothing, xhat = torch.randn(1, 12, 6).double(), torch.zeros(1, 12).double(), torch.zeros(1, 12, 0).double(), []
+    for m.free in (..., ~known[None], known[None]):
+        xhat.append(m.decide(z, gamma, nothing, None, how)[0] - m.guess(z, gamma, nothing)[0])
+    assert torch.allclose(xhat[0], xhat[1] + xhat[2], atol=1e-4) and xhat[1].abs().max() > .01 < xhat[2].abs().max()
+
+
+def test_preparing_anew_forgets_the_last_wish_and_twin():
+    m = smooth()
+    prepare(m, ABCDEFGH, EmbedSampler(steer="no:a"))
+    assert m.wish and not m.twin
+    m.twin, m.start = len, 5
+    prepare(m, ABCDEFGH, EmbedSampler())
+    assert m.wish is m.twin is None and m.start == 0
+
+
 def test_a_block_as_long_as_the_text_is_plain_diffusion():
     m = smooth()
     nothing = torch.zeros(12, dtype=torch.bool)
@@ -134,6 +166,7 @@ def test_control_from_the_command_line(tmp_path):
     run("embed_diffusion.py", "sample", out, "--mode=guided", f"--twin={tmp_path}/ar", "--steps=3", "--steer=line:9")
     for args, line in ((["--mode=guided"], "the twin reads other characters"), (["--steer=e"], "write no:e"), (["--steer=no:\u4e00"], "never seen"),
                        (["--mode=guided", f"--twin={tmp_path}/none"], "no checkpoint"), (["--weight=2"], "at most 1"), (["--block=0"], "1 or more"),
+                       (["--steer=no:e", "--rounding=clamp"], "takes it back"), (["--steer=at:99999999999999999999=a"], "write no:e"),
                        ([f"--out={tmp_path}/x0", "--steer=no:e"], "predicts probabilities")):
         r = run("embed_diffusion.py", "sample", out, *args, code=1)
         assert line in r.stderr and len(r.stderr.strip().splitlines()) <= 2, r.stderr

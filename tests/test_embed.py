@@ -42,7 +42,7 @@ def test_the_ladder_changes_one_thing_at_a_time_and_ends_at_the_default():
     assert parse([], Embed(spread=1.0)).spread == 1                                   # an edited config.py holds
 
 
-@pytest.mark.parametrize("args", ["--predict=eps", "--weight=simple", "--predict=x0 --weight=simple", "--weight=diffusion-lm", "--low=7"])
+@pytest.mark.parametrize("args", ["--predict=eps", "--weight=simple", "--predict=x0 --weight=simple", "--weight=diffusion-lm", "--low=9"])
 def test_what_does_not_go_together_is_one_line(args):
     with pytest.raises(SystemExit, match="does not go with|needs predict|low="):
         parse(args.split(), Embed())

@@ -6,12 +6,15 @@ import re
 import shutil
 import subprocess
 import zlib
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import run
 
 import evaluate
-from report import Table, curve, gather, page, spaced
+from data import Alphabet
+from report import Table, curve, gather, page, spaced, writing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60",
@@ -116,6 +119,35 @@ def test_a_broken_page_is_noticed(tmp_path):
     assert not console and "&lt;i&gt;a&lt;/i&gt;: 1 of 1 calls" in dom and "&lt;/script&gt;&lt;b&gt;now" in dom and "<b>" not in dom
     (tmp_path / "b.html").write_text(page(data).replace("DATA.tables.forEach", "DATA.nothing.forEach"), encoding="utf-8")
     assert browser(f"file://{tmp_path}/b.html", "--dump-dom")[1]
+
+
+def test_what_is_no_number_leaves_the_page_whole(tmp_path, capsys):
+    t = Table("nats by share masked", {"checkpoint": 0, **{str(i): 3 for i in range(5)}})
+    t.add("<!--<script>", math.nan, 1., math.inf, 2., 3.)
+    data = gather("<!--<script>", [t], [], [])
+    assert data["levels"] == [{"name": "<!--<script>", "nats": [None, 1, None, 2, 3]}]
+    assert data["tables"][0]["values"] == [["<!--<script>", None, 1, None, 2, 3]]
+    data["curves"] = [{"name": "a", "steps": [1, 2], "minutes": [0, 1], "bits": [3, 2]}]
+    (tmp_path / "a.html").write_text(page(json.loads(json.dumps(data, allow_nan=False))).replace("curves(false)", "curves(true)"), encoding="utf-8")
+    dom, console = browser(f"file://{tmp_path}/a.html", "--dump-dom")
+    dom, _ = dom.split("<script>", 1)
+    assert not console and dom.count("<circle") == 5 and "NaN" not in dom
+
+
+def test_bytes_are_shown_as_the_characters_they_are():
+    alphabet = Alphabet("".join(map(chr, range(256))), raw=True)
+    ids = torch.tensor([[*"é€ok".encode()]])
+    method = SimpleNamespace(mask=256, parameters=lambda: iter([ids]), sample=lambda x, known, s: iter([(ids, 0. * ids + .5)]))
+    looks = writing(method, alphabet, 7, SimpleNamespace(seed=0))["frames"]
+    assert looks == [("·" * 7, " " * 7), ("é€ok", "4444")]
+
+
+def test_weights_that_do_not_fit_are_told(tmp_path):
+    run("train.py", *TINY, "--max_iters=10", f"--out={tmp_path}/a")
+    state = torch.load(tmp_path / "a/best.pt", weights_only=True)
+    state["ema"].popitem()
+    torch.save(state, tmp_path / "a/best.pt")
+    assert "its weights do not fit" in run("evaluate.py", f"--out={tmp_path}/a", code=1).stderr
 
 
 def test_nothing_usable_is_one_line_and_exit_1(tmp_path):
