@@ -1,4 +1,4 @@
-"""Speed and memory of the masked model and its twin, as Markdown rows: python bench.py [--n_layer=8 ...]       settings: config.Masked
+"""Speed and memory of the text models, as Markdown rows: python bench.py [--n_layer=8 ...]                    settings: config.Masked
 
 Times are medians over steps taken in turn, one of each variant after the other, so that a busy machine slows all alike; the share of the
 peak is against a large matrix product in the same precision, measured in the same round."""
@@ -7,18 +7,22 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+import analog_bits
+import embed_diffusion
 import model
-from config import AMP, DEVICE, GPU, Masked, Sample, autocast, parse, run
+import train
+from config import AMP, DEVICE, GPU, Bits, CodeSampler, Config, Embed, EmbedSampler, Masked, Sample, autocast, parse, run
 from diffusion import draw, predicted
-from train import build, compile_net, optimizers, reseed, train_step
+from train import compile_net, optimizers, reseed, train_step
 
+BUILD = {Masked: train.build, Bits: analog_bits.build, Embed: embed_diffusion.build}
 VARIANTS = {   # name: (precision, what to change)
     "as trained": (AMP, {}),
     "not compiled": (AMP, {"compile": False}),
@@ -52,7 +56,7 @@ def trainer(c, dtype):
     """A function that takes one whole training step with the settings c in precision dtype."""
     reseed(c.seed)
     data = Noise(c)
-    method = build(c, data.meta).to(DEVICE).train()
+    method = BUILD[type(c)](c, data.meta).to(DEVICE).train()
     opts, scaler = optimizers(method, c), torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
     precise = autocast if dtype == AMP else lambda: torch.autocast(DEVICE, enabled=False)
 
@@ -79,15 +83,22 @@ def memory(c, dtype):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
+def kinds(c):
+    """Settings of the four text models that are those of c where they share them."""
+    shared = {f.name: getattr(c, f.name) for f in fields(Config)}
+    return {"masked": replace(c, objective="masked"), "twin": replace(c, objective="ar"), "bits": Bits(**shared), "embeddings": Embed(**shared)}
+
+
 def training(c, rounds=15):
-    """Print a row for each variant and objective."""
+    """Print a row for each model, and for masked diffusion and its twin one for each variant."""
     peaks, rows = {d: [] for d in {AMP, torch.float32}}, {}
     n = 4096 if GPU else 2048
     square = {d: torch.randn(n, n, device=DEVICE, dtype=d) for d in peaks}
-    for objective in ("masked", "ar"):
-        for name, (dtype, change) in VARIANTS.items():
-            settings = replace(c, objective=objective, **{**change, "compile": change.get("compile", c.compile)})
-            rows[objective, name] = (*trainer(settings, dtype), settings, dtype, [])
+    for kind, settings in kinds(c).items():
+        for name in list(VARIANTS)[:None if isinstance(settings, Masked) else 1]:
+            dtype, change = VARIANTS[name]
+            varied = replace(settings, **change)
+            rows[kind, name] = (*trainer(varied, dtype), varied, dtype, [])
     for i in range(rounds + 3):
         for d, x in square.items():
             peaks[d].append(2 * n ** 3 / timed(lambda x=x: x @ x))
@@ -98,17 +109,17 @@ def training(c, rounds=15):
           f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}; matrix products of {n}: "
           + ", ".join(f"{statistics.median(p) / 1e9:,.0f} GFLOP/s in {str(d)[6:]}" for d, p in peaks.items()) + "\n")
     print("| training step | ms | characters/s | share of matmul peak | times plain | peak memory, MB |\n|---|---:|---:|---:|---:|---:|")
-    for (objective, name), (_, params, settings, dtype, times) in rows.items():
-        ms, plain = statistics.median(times), rows[objective, list(VARIANTS)[-1]][-1]
+    for (kind, name), (_, params, settings, dtype, times) in rows.items():
+        ms, plain = statistics.median(times), rows.get((kind, list(VARIANTS)[-1]), [None])[-1]
         chars = c.batch_size * c.grad_accum * c.block_size
         flops = (6 * params + 12 * c.n_layer * c.block_size * c.n_embd) * chars
         pool = multiprocessing.get_context("spawn").Pool(1)
         mb = pool.apply(memory, (settings, dtype))
         pool.close()
         pool.join()
-        ratio = statistics.median(b / a for a, b in zip(times, plain, strict=True))
+        ratio = f"{statistics.median(b / a for a, b in zip(times, plain, strict=True)):.2f}x" if plain else ""
         share = flops / ms / statistics.median(peaks[dtype])
-        print(f"| {objective}, {name} | {1e3 * ms:.1f} | {chars / ms:,.0f} | {share:.0%} | {ratio:.2f}x | {mb:,.0f} |", flush=True)
+        print(f"| {kind}, {name} | {1e3 * ms:.1f} | {chars / ms:,.0f} | {share:.0%} | {ratio} | {mb:,.0f} |", flush=True)
 
 
 def forgetful(method, x, known, s):
@@ -126,13 +137,16 @@ def sampling(c, n=8):
     T = c.block_size
     nothing = torch.zeros(n, T, dtype=torch.long, device=DEVICE)
     print(f"\n| writing {n} blocks of {T} at once | network calls | ms a call | characters/s |\n|---|---:|---:|---:|")
-    masked, twin = (build(replace(c, objective=o), Noise(c).meta).to(DEVICE).eval() for o in ("masked", "ar"))
-    for title, sample, steps in (("masked", masked.sample, T), ("masked", masked.sample, -(-T // 3)), ("twin", twin.sample, T),
-                                 ("twin, nothing remembered", partial(forgetful, twin), T)):
-        write = lambda f=sample, k=steps: list(f(nothing, nothing > 0, Sample(steps=k, remask=0)))
-        calls = len(write())
+    masked, twin, bits, embeddings = (BUILD[type(k)](k, Noise(c).meta).to(DEVICE).eval() for k in kinds(c).values())
+    for title, sample, how in (
+            ("masked, one a call", masked.sample, Sample(steps=T, remask=0)),
+            ("masked, three a call", masked.sample, Sample(steps=-(-T // 3), remask=0)),
+            ("twin, one a call", twin.sample, Sample()), ("twin, nothing remembered", partial(forgetful, twin), Sample()),
+            ("bits", bits.sample, CodeSampler()), ("embeddings", embeddings.sample, EmbedSampler())):
+        write = lambda f=sample, s=how: sum(1 for _ in f(nothing, nothing > 0, s))
+        calls = write()
         took = statistics.median(timed(write) for _ in range(3))
-        print(f"| {title}, {T / calls:.0f} a call | {calls} | {1e3 * took / calls:.2f} | {n * T / took:,.0f} |", flush=True)
+        print(f"| {title} | {calls} | {1e3 * took / calls:.2f} | {n * T / took:,.0f} |", flush=True)
 
 
 def main(argv):

@@ -219,16 +219,19 @@ def wish(steer, alphabet):
     raise SystemExit(f"steer={steer!r}: write no:e, only:abc, at:5=T or line:40")
 
 
-def prepare(method, alphabet, s):
-    """Give method what the sampler s needs: the wish and the twin."""
+def prepare(method, alphabet, s, T):
+    """Give method, whose windows have T characters, what the sampler s needs: the wish and the twin."""
     if (s.steer or s.mode == "guided") and not method.tokens:
         raise SystemExit("steer and mode=guided need a network that predicts probabilities: predict=tokens")
     if s.steer and s.rounding == "clamp":
         raise SystemExit("steer moves a guess, and rounding=clamp takes it back: leave one of them out")
     method.wish, method.twin, method.start, method.free = wish(s.steer, alphabet) if s.steer else None, None, 0, ...
+    L = len(generate.plan(alphabet, s, T)[0])
+    if s.steer and method.wish(torch.arange(L)).all():
+        raise SystemExit(f"steer={s.steer!r} allows everything in a text of {L} characters")
     if s.mode == "guided":
         twin, c, meta = load(s.twin or HERE / "results/judge.pt", build_twin, ("ar",))
-        if meta["alphabet"] != alphabet.chars or c.block_size < method.net.rope.size(1):
+        if meta["alphabet"] != alphabet.chars or c.block_size < T:
             raise SystemExit("the twin reads other characters, or shorter windows, than this model writes")
         method.twin = twin.logits
 

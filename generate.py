@@ -186,14 +186,14 @@ def show(method, alphabet, s, T):
     return frames, known
 
 
-def sample(argv, s, name, build, prepare=lambda method, alphabet, s: None):
+def sample(argv, s, name, build, prepare=lambda *args: None):
     """python analog_bits.py sample, python embed_diffusion.py sample: s is the sampler's settings before what is typed."""
     s = parse(argv, s)
     path = Path(s.out) if s.out else HERE / "out" / name
     method, c, meta = load(path, build, (name,))
     print(f"{path}: {name}, trained on {meta['data']['name']} for {meta['step']:,} steps", file=sys.stderr)
     alphabet = Alphabet(meta["alphabet"], raw=getattr(c, "code", "") == "bytes" or meta["data"]["name"] == "enwik8")
-    prepare(method, alphabet, s)
+    prepare(method, alphabet, s, c.block_size)
     show(method, alphabet, s, c.block_size)
 
 

@@ -58,7 +58,7 @@ def main(argv):
     table.add(*sample_row("held out", blocks, data, judge))
     for title, how in hybrids(twin):
         how = replace(how, n=len(blocks), seed=s.seed)
-        prepare(k.method, data.alphabet, how)
+        prepare(k.method, data.alphabet, how, T)
         row(title, k.method, how)
         k.method.twin = None
     row("the twin", ar.method, Sample(n=len(blocks), seed=s.seed, temperature=1.))
@@ -69,7 +69,7 @@ def main(argv):
         allowed = wish(steer, data.alphabet)(torch.arange(T))                         # (T, V)
         for strength in STRENGTHS:
             how = EmbedSampler(steer=steer, strength=strength, n=len(blocks), seed=s.seed)
-            prepare(k.method, data.alphabet, how)
+            prepare(k.method, data.alphabet, how, T)
             x, _, _ = texts(k.method, how)
             kept = allowed.gather(1, x.cpu().T).T.double()                            # (n, T)
             _, _, nats, entropy, words, _, fourgrams, *_ = sample_row("", x, data, judge)

@@ -136,10 +136,10 @@ def test_what_is_known_does_not_count_in_the_wish():
 
 def test_preparing_anew_forgets_the_last_wish_and_twin():
     m = smooth()
-    prepare(m, ABCDEFGH, EmbedSampler(steer="no:a"))
+    prepare(m, ABCDEFGH, EmbedSampler(steer="no:a"), 12)
     assert m.wish and not m.twin
     m.twin, m.start = len, 5
-    prepare(m, ABCDEFGH, EmbedSampler())
+    prepare(m, ABCDEFGH, EmbedSampler(), 12)
     assert m.wish is m.twin is None and m.start == 0
 
 
@@ -167,6 +167,7 @@ def test_control_from_the_command_line(tmp_path):
     for args, line in ((["--mode=guided"], "the twin reads other characters"), (["--steer=e"], "write no:e"), (["--steer=no:\u4e00"], "never seen"),
                        (["--mode=guided", f"--twin={tmp_path}/none"], "no checkpoint"), (["--weight=2"], "at most 1"), (["--block=0"], "1 or more"),
                        (["--steer=no:e", "--rounding=clamp"], "takes it back"), (["--steer=at:99999999999999999999=a"], "write no:e"),
+                       (["--steer=at:32=a"], "allows everything in a text of 32"),
                        ([f"--out={tmp_path}/x0", "--steer=no:e"], "predicts probabilities")):
         r = run("embed_diffusion.py", "sample", out, *args, code=1)
         assert line in r.stderr and len(r.stderr.strip().splitlines()) <= 2, r.stderr

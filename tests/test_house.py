@@ -6,11 +6,16 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 import config
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "results"))
+import readme  # noqa: E402
+
 ARROWS = {"config": set(), "diffusion": set(), "model": {"config"}, "data": {"config"}, "train": {"config", "model", "diffusion", "data"},
-          "generate": {"config", "data", "train"}, "bench": {"config", "model", "diffusion", "data", "train"},
+          "generate": {"config", "data", "train"}, "bench": {"config", "model", "diffusion", "train", "analog_bits", "embed_diffusion"},
           "mnist_ddpm": {"config", "model", "diffusion", "data", "train"}, "metrics": {"config"},
           "analog_bits": {"config", "model", "diffusion", "data", "train", "generate"},
           "embed_diffusion": {"config", "model", "diffusion", "data", "train", "generate", "tables"}, "tables": set(),
@@ -76,3 +81,19 @@ def test_files_stay_readable():
 def test_every_setting_says_what_it_is():
     for k in [config.Config, config.Sampler, *SETTINGS.values()]:
         assert inspect.getdoc(k) and inspect.getsource(k).count("#") > min(3, len(k.__annotations__))
+
+
+def test_readme_tables_are_what_results_say():
+    text, differ = readme.rebuilt(README)
+    assert text == README and not differ, "python results/readme.py"
+    assert set(re.findall(r"<!-- table: (\S+) -->", README)) == set(readme.TABLES)
+    changed, differ = readme.rebuilt(README.replace("1.635", "1.535"))
+    assert changed == README and differ == ["samples"]
+
+
+def test_a_row_that_is_gone_is_told():
+    with pytest.raises(KeyError, match="no row 'nobody'"):
+        readme.found("masked", "nobody", "calls")
+    with pytest.raises(KeyError, match="no row"):
+        readme.found("masked:9", "results/masked.pt", "calls")
+    assert readme.markdown([("a", "b"), ("0.5 ± 0.01", "10.5, x=0.5")]) == "| a | b |\n|---|---:|\n| .5 ± .01 | 10.5, x=0.5 |\n"

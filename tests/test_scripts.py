@@ -168,4 +168,4 @@ def test_generate_writes_at_once_from_the_checkpoint_in_the_repository(tmp_path)
 def test_bench_prints_markdown_rows():
     out = run("bench.py", "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2", "--compile=False").stdout
     rows = [line for line in out.splitlines() if line.startswith("|")]
-    assert len(rows) >= 6 and len({r.count("|") for r in rows[:4]}) == 1
+    assert len(rows) == 18 and len({r.count("|") for r in rows[:4]}) == 1

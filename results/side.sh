@@ -1,0 +1,25 @@
+#!/bin/bash
+# Side by side: the four text models on two corpora, the same network, steps and characters, three seeds; then their samples, all in 128 network
+# calls and without any temperature, and a frontier of seed 1337. bash results/side.sh [data_dir]
+set -eu
+data="${1:-data}"
+judge() { [ "$1" = warpeace ] && echo --judge=out/warpeace-judge || true; }   # of results/bits.sh
+exact="--order=random --temperature=1 --remask=0 --steps=128 --gaussian_steps=128"
+for corpus in shakespeare warpeace; do
+    arm() {   # name, script, what is changed
+        name=$1 script=$2; shift 2
+        python "$script" --dataset=$corpus --data_dir="$data" --n_layer=4 --n_head=4 --n_embd=128 --max_iters=1000 --eval_interval=500 \
+            --seed="$seed" --out="out/side/$corpus/$name.$seed" "$@"
+    }
+    for seed in 1337 1 2; do
+        arm twin train.py --objective=ar
+        arm masked train.py
+        arm bits analog_bits.py --prompts=0
+        arm embed embed_diffusion.py --recipe=scaled
+    done
+    all=$(printf "out/side/$corpus/%s," {twin,masked,bits,embed}.{1337,1,2})
+    python evaluate.py --data_dir="$data" $(judge $corpus) --out="$all" $exact > results/side-$corpus.md
+    python evaluate.py --data_dir="$data" $(judge $corpus) --out="$(printf "out/side/$corpus/%s.1337," twin masked bits embed)" $exact \
+        --bound=False --frontier --n=100 >> results/side-$corpus.md
+done
+python results/readme.py
