@@ -350,6 +350,10 @@ def replay(k, s):
 
 def main(argv):
     s = parse(argv, Evaluate())
+    files = [HERE / "out/report.html"] * (s.report or s.quick) + [Path(s.json)] * bool(s.json)
+    for path in files:                                                                # what cannot be written is told before anything is measured
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
     s = quick(s) if s.quick else s
     every = usable([p for p in s.out.split(",") if p] or everything(), s)
     checkpoints, digits = [k for k in every if k.name != "mnist"], [k for k in every if k.name == "mnist"]
@@ -361,14 +365,12 @@ def main(argv):
         tables += sample_tables(checkpoints, s, judge)
     if digits:
         tables += digit_tables(digits, s)
-    if s.report or s.json or s.quick:
+    if files:
         runs = [(k.path, Path(k.path) / "best.pt" if Path(k.path).is_dir() else k.path) for k in every]
         data = report.gather(stamp(), tables, runs, [replay(k, s) for k in every])
-        files = {HERE / "out/report.html": report.page(data)} if s.report or s.quick else {}
-        for path, text in (files | ({Path(s.json): json.dumps(data)} if s.json else {})).items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            print(f"wrote {path}", file=sys.stderr)
+    for path in files:
+        path.write_text(report.page(data) if path.suffix == ".html" else json.dumps(data), encoding="utf-8")
+        print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ SAID = {
     "timeless": "the noise level not fed", "turns": "characters take turns",
     "scaled": "longer rows, so that the schedule looks where they are told apart", "best": "a quarter of the windows with clean parts, for prompts",
     "orderless": "the last rung without positions", "diffusion-lm": "the loss of Li et al. 2022",
+    "fluency-0.3": "the last rung, and .3 times the surprise of predicted pairs", "fluency-1": "and 1 times",
+    "frozen": "the last rung, its drawn table frozen", "pre-frozen": "with the table of a model of War and Peace, frozen", "pre-tuned": "and trained",
 }
 
 

@@ -14,3 +14,10 @@ for seed in 1 2; do
     arm scaled.$seed --recipe=scaled --seed=$seed
 done
 for weight in 0.3 1; do arm fluency-$weight --recipe=scaled --fluency=$weight; done
+python results/export_table.py out/warpeace-judge out/warpeace-table.txt   # the twin of War and Peace that results/bits.sh trains
+for seed in 1337 1 2; do
+    at=.$seed; [ $seed = 1337 ] && at=""
+    arm frozen$at --recipe=scaled --learned=False --seed=$seed
+    arm pre-tuned$at --recipe=scaled --table=out/warpeace-table.txt --seed=$seed
+    arm pre-frozen$at --recipe=scaled --table=out/warpeace-table.txt --learned=False --seed=$seed
+done

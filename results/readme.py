@@ -131,7 +131,18 @@ def side(corpus, title):
                *over(f"side-{corpus}", runs, "characters/s", digits=0))
 
 
-TABLES = {f.__name__: f for f in (progress, bounds, samples, calls, speed, writing, digits, td)}
+def hybrids():
+    rows = ("diffusion, 50 steps", "diffusion, 128 steps", "blocks of 32, 50 steps each", "guided, 0.25 of the twin, 50 steps",
+            "guided, 0.5 of the twin, 50 steps", "the twin")
+    return picked((*JUDGED, "distinct 4-grams", "calls", "characters/s"), ("real", "control", "held out"), *((row, "control") for row in rows))
+
+
+def steering():
+    rows = [(f"{wish}, strength {strength}", f"control:{i}", wish) for wish in ("no:e", "line:30") for i, strength in enumerate((0, 1, 2, 5))]
+    return picked(("texts that have it", *JUDGED), *rows)
+
+
+TABLES = {f.__name__: f for f in (progress, bounds, samples, calls, speed, writing, digits, td, hybrids, steering)}
 TABLES["side-shakespeare"] = lambda: side("shakespeare", "held out, beside 1,003,854 characters")
 TABLES["side-warpeace"] = lambda: side("warpeace", "held out, beside 2,876,590 characters")
 

@@ -156,3 +156,10 @@ def test_nothing_usable_is_one_line_and_exit_1(tmp_path):
     (tmp_path / "best.pt").write_bytes(b"no")
     r = run("evaluate.py", f"--out={tmp_path},{tmp_path}/none", code=1)
     assert len(r.stderr.strip().splitlines()) == 2 and "damaged" in r.stderr and "no checkpoint" in r.stderr
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    r = run("evaluate.py", f"--out={tmp_path}/none", f"--json={tmp_path}/file/table.json", code=1)
+    assert len(r.stderr.strip().splitlines()) == 1 and "Error" in r.stderr and "no checkpoint" not in r.stderr
+    assert (tmp_path / "file").read_text() == "kept"
