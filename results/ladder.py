@@ -87,19 +87,19 @@ def picture(rows):
     height, at = 44 + line * len(rows), lambda bits: left + unit * min(bits, end)
     say = lambda x, y, words, fill="#c9d1d9", size=12, **k: (f'<text x="{x:.0f}" y="{y:.0f}" fill="{fill}" font-size="{size}"'
                                                           + "".join(f' {n}="{v}"' for n, v in k.items()) + f">{html.escape(words)}</text>")
-    parts = [say(at(NOTHING), 20, "letter frequencies", "#8b949e", 11, **{"text-anchor": "middle"}),
-             say(at(MASKED), 20, "masked", "#8b949e", 11, **{"text-anchor": "middle"}), say(at(end) + 70, 20, "what it writes", "#8b949e", 11),
+    parts = [say(at(NOTHING) - 12, 20, "letter frequencies", "#8b949e", 11),
+             say(at(MASKED) + 12, 20, "masked", "#8b949e", 11, **{"text-anchor": "end"}), say(at(end) + 70, 20, "what it writes", "#8b949e", 11),
              say(16, 20, "bits/char", "#8b949e", 11)]
     for i, r in enumerate(rows):
         y, bits = 36 + line * i, float(r["bound"]) / math.log(2)
         parts += [f'<rect x="{left}" y="{y}" width="{at(bits) - left:.0f}" height="20" rx="3" fill="#1f6feb"/>',
                   say(left - 8, y + 14, r["rung"], **{"text-anchor": "end"}),
-                  say(at(bits) + 6, y + 14, f"{bits:,.2f}" if bits < end else f"{bits:,.0f}"),
+                  say(at(bits) + 6, y + 14, f"{bits:,.2f}" if bits < end else f"{bits:,.1f}"),
                   say(at(end) + 70, y + 14, r["sample"][:56], size=11, **{"xml:space": "preserve"}),
                   say(at(end) + 70, y + 28, SAID[r["rung"]], "#8b949e", 10)]
     parts += [f'<line x1="{at(bits):.0f}" x2="{at(bits):.0f}" y1="26" y2="{height - 8}" stroke="#8b949e" stroke-dasharray="3 3"/>'
               for bits in (MASKED, NOTHING)]
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {height}" width="860" height="{height}" '
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {height}" width="900" height="{height}" '
             'font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"><title>From a baseline that fails to one that writes</title>\n'
             '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
