@@ -305,7 +305,8 @@ class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of eac
     dataset: str = ""              # the path of the text of checkpoints that were trained on a file
     data_dir: str = ""             # where corpora are kept; empty: data/ beside the scripts
     judge: str = ""                # an autoregressive checkpoint that scores samples; empty: results/judge.pt
-    bound: bool = True             # the bound over the whole validation split, twice, with different masks
+    bound: bool = True             # the bound over the whole validation split
+    draws: int = 2                 # sets of masks or noise it is averaged over; their spread is the error ± draws
     exact: int = 200               # with bound: windows for the exact left-to-right likelihood of a masked model; 0: none
     n: int = 200                   # blocks to sample, and held-out blocks to infill; 0: none
     digits: int = 10000 if GPU else 1000                   # pictures to sample; 0: none
@@ -320,6 +321,7 @@ class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of eac
         super().__post_init__()
         at_least(self, 0, "exact", "n", "digits", "guidance", "td")
         at_least(self, 1, "gaussian_steps")
+        at_least(self, 2, "draws")
         if 1 in (self.n, self.exact) or 0 < self.digits < 10:
             raise SystemExit("n and exact must be 0, or 2 and more: one has no error; digits 0, or 10 and more: one of each")
 

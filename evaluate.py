@@ -84,16 +84,15 @@ def corpus(checkpoint, s):
 
 # ---- likelihood
 
-def likelihood(method, val):
-    """The bound of method on val (W, T), from two sets of masks: as `train.evaluate`, with windows, buckets and masked_ce averaged, and
-    mc, the Monte Carlo error of the bound, from the differences of the windows: mc^2 = var / (4 W). It errs on the large side, as if
-    windows drew their noise levels independently; in truth they share them out."""
-    a = train.evaluate(method, val, method.levels)
-    b = a if method.levels == 1 else train.evaluate(method, val, method.levels, seed=1)
-    windows = (a["windows"] + b["windows"]) / 2
-    mc = ((a["windows"] - b["windows"]).std() / 2 / len(windows) ** .5).item()
+def likelihood(method, val, draws=2):
+    """The bound of method on val (W, T), from so many sets of masks or noise: as `train.evaluate`, with windows, buckets and masked_ce averaged,
+    and mc, the Monte Carlo error of the bound, from how much each window varies: mc^2 = var / (draws W). It errs on the large side, as if
+    windows drew their noise levels independently; in truth they share them out. An exact likelihood needs no draws, and has no such error."""
+    sets = [train.evaluate(method, val, method.levels, seed=seed) for seed in range(draws if method.levels > 1 else 1)]
+    each = torch.stack([e["windows"] for e in sets])                                  # (draws, W)
+    windows, mc = each.mean(0), (each.var(0).mean() / each.numel()).sqrt().item() if sets[1:] else 0.
     return dict(windows=windows, bound=windows.mean().item(), stderr=train.text_error(windows), mc=mc,
-                masked_ce=(a["masked_ce"] + b["masked_ce"]) / 2, buckets=[(x + y) / 2 for x, y in zip(a["buckets"], b["buckets"], strict=True)])
+                masked_ce=sum(e["masked_ce"] for e in sets) / len(sets), buckets=torch.tensor([e["buckets"] for e in sets]).mean(0).tolist())
 
 
 @torch.no_grad()
@@ -129,7 +128,7 @@ def likelihood_tables(checkpoints, s):
         first = None
         for k in (k for k in checkpoints if axis(k) == here):
             data, exact, bits = corpus(k, s), k.method.levels == 1, math.log(2)
-            e = likelihood(k.method, data.val)
+            e = likelihood(k.method, data.val, s.draws)
             minus = None if first is None else mean_of(e["windows"] - first)
             first = e["windows"] if first is None else first
             ltr = gap = None
@@ -272,7 +271,7 @@ def digit_tables(checkpoints, s):
         columns = {"checkpoint": 0, "parameters": 0, "steps": 0, "bits/dim": 3, "± images": 3, "± draws": 3}
         tables.append(Table("digits, held out, without labels or guidance", columns))
     for k in checkpoints if s.bound else ():
-        e = likelihood(k.method, patches(whole(pictures(*key(k)).val, 4), k.c.patch))
+        e = likelihood(k.method, patches(whole(pictures(*key(k)).val, 4), k.c.patch), s.draws)
         tables[0].add(f"{k.path}, {key(k)[0]}", sum(p.numel() for p in k.method.parameters()), k.meta["step"],
                       *(e[name] / math.log(2) for name in ("bound", "stderr", "mc")))
         noises.append((k.path, *e["buckets"]))

@@ -178,19 +178,20 @@ def test_left_to_right_of_a_network_that_knows_the_joint_distribution_equals_eve
     assert torch.allclose(left_to_right(MaskedDiffusion(Knows(), 2), x), -joint.flatten().log().double() / 3, atol=1e-6)
 
 
-def test_the_mask_error_is_that_of_repeated_evaluations(monkeypatch):
-    """mc against the spread of the bound over 60 pairs of seeds, on a network whose loss depends on what is masked."""
+@pytest.mark.parametrize("draws", [2, 5])
+def test_the_mask_error_is_that_of_repeated_evaluations(monkeypatch, draws):
+    """mc against the spread of the bound over 60 sets of seeds, on a network whose loss depends on what is masked."""
     class Left(nn.Module):   # knows a character from its left neighbour, if that is to be seen
         def forward(self, x, t):
             left = F.pad(x, (1, 0))[:, :-1]
             return 4 * F.one_hot(torch.where(left == 3, 0, left), 3).float()
 
     m, x = MaskedDiffusion(Left(), 3), (torch.rand(40, 16, generator=torch.Generator().manual_seed(0)) < .3).cumsum(1) % 3
-    m.levels, found, pair = 4, [], 0
+    m.levels, found, many = 4, [], 0
     whole = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda method, val, levels, seed=0: whole(method, val, levels, seed=2 * pair + seed))
-    for pair in range(60):   # noqa: B007
-        found.append(likelihood(m, x))
+    monkeypatch.setattr(train, "evaluate", lambda method, val, levels, seed=0: whole(method, val, levels, seed=draws * many + seed))
+    for many in range(60):   # noqa: B007
+        found.append(likelihood(m, x, draws))
     spread = torch.tensor([e["bound"] for e in found]).std().item()
     assert .8 < sum(e["mc"] for e in found) / 60 / spread < 1.3
     assert found[0]["bound"] != found[1]["bound"]
