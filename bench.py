@@ -1,7 +1,9 @@
 """Speed and memory of the text models, as Markdown rows: python bench.py [--n_layer=8 ...]                    settings: config.Masked
 
-Times are medians over steps taken in turn, one of each variant after the other, so that a busy machine slows all alike; the share of the
-peak is against a large matrix product in the same precision, measured in the same round."""
+Times are midhinges, the mean of the two quartiles, over steps taken in turn, one of each variant after the other, so that a busy machine slows
+all alike (a median would jump: bits and embeddings take a further pass in every other step). The share of the peak is against a large matrix product
+in the same precision, measured in the same round."""
+import itertools
 import multiprocessing
 import re
 import statistics
@@ -52,22 +54,32 @@ def timed(f):
     return time.perf_counter() - begun
 
 
+def midhinge(times):
+    """The mean of the lower and the upper quartile."""
+    low, _, high = statistics.quantiles(times, n=4)
+    return (low + high) / 2
+
+
 def trainer(c, dtype):
-    """A function that takes one whole training step with the settings c in precision dtype."""
+    """A function that takes one whole training step with the settings c in precision dtype, and the floating-point operations of a step: 2 a weight
+    and token forward, 4 backward, those of attention, and half a further forward pass with self-conditioning."""
     reseed(c.seed)
     data = Noise(c)
     method = BUILD[type(c)](c, data.meta).to(DEVICE).train()
     opts, scaler = optimizers(method, c), torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
-    precise = autocast if dtype == AMP else lambda: torch.autocast(DEVICE, enabled=False)
+    precise, number = autocast if dtype == AMP else lambda: torch.autocast(DEVICE, enabled=False), itertools.count()
 
     def step():
         model.autocast = precise
-        train_step(method, data, c, 0, opts, scaler, SimpleNamespace(asked=False))
+        train_step(method, data, c, next(number), opts, scaler, SimpleNamespace(asked=False))
 
     model.autocast = precise
     if c.compile:
         compile_net(method, data, c)
-    return step, sum(p.numel() for n, p in method.named_parameters() if "inp" not in n)
+    looked_up = {id(m.weight) for m in method.modules() if isinstance(m, torch.nn.Embedding)}
+    weights = sum(p.numel() for p in method.parameters() if id(p) not in looked_up)
+    passes = 3 + getattr(method, "selfcond", False) / 2
+    return step, passes * (2 * weights + 4 * c.n_layer * c.block_size * c.n_embd) * c.batch_size * c.grad_accum * c.block_size
 
 
 def memory(c, dtype):
@@ -109,10 +121,9 @@ def training(c, rounds=15):
           f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}; matrix products of {n}: "
           + ", ".join(f"{statistics.median(p) / 1e9:,.0f} GFLOP/s in {str(d)[6:]}" for d, p in peaks.items()) + "\n")
     print("| training step | ms | characters/s | share of matmul peak | times plain | peak memory, MB |\n|---|---:|---:|---:|---:|---:|")
-    for (kind, name), (_, params, settings, dtype, times) in rows.items():
-        ms, plain = statistics.median(times), rows.get((kind, list(VARIANTS)[-1]), [None])[-1]
+    for (kind, name), (_, flops, settings, dtype, times) in rows.items():
+        ms, plain = midhinge(times), rows.get((kind, list(VARIANTS)[-1]), [None])[-1]
         chars = c.batch_size * c.grad_accum * c.block_size
-        flops = (6 * params + 12 * c.n_layer * c.block_size * c.n_embd) * chars
         pool = multiprocessing.get_context("spawn").Pool(1)
         mb = pool.apply(memory, (settings, dtype))
         pool.close()

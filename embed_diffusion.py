@@ -207,6 +207,8 @@ def diagnosis(k):
 
 def wish(steer, alphabet):
     """What --steer allows: positions (T,) -> bool (T, V). SystemExit where it is none of no:, only:, at:, line:."""
+    if alphabet.raw and not steer.isascii():
+        raise SystemExit(f"steer={steer!r}: this model writes bytes, and is steered by plain ASCII alone")
     kind, _, what = steer.replace("\\n", "\n").partition(":")
     place, _, char = what.partition("=")
     named = lambda chars: torch.zeros(len(alphabet), dtype=torch.bool).index_fill_(0, torch.from_numpy(alphabet.encode(chars)), True)

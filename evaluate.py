@@ -32,7 +32,7 @@ import report
 import train
 from config import AMP, DEVICE, GPU, HERE, CodeSampler, EmbedSampler, Evaluate, Masked, Picture, Sampler, parse, run
 from data import Text, patches, whole
-from judge_digits import digit_floor, digit_row, digit_sample, pictures, real_digits
+from judge_digits import digit_floor, digit_row, digit_sample, picture, pictures, real_digits
 from metrics import mean, text_metrics, vocabulary
 from report import Table
 
@@ -242,7 +242,7 @@ def sample_tables(checkpoints, s, judge):
                 tables.append(Table(f"samples, {data.name}, windows of {data.T}", SAMPLES))
                 tables[-1].data = data
                 tables[-1].add(*sample_row(f"held out, beside {len(data.train):,} characters", blocks, data, fitting))
-                if fitting:
+                if fitting and fitting.c.block_size >= data.T:
                     own = Sampler(temperature=1.0, seed=s.seed)
                     x, calls, seconds = written(fitting.method, torch.zeros_like(blocks), torch.zeros_like(blocks) > 0, own)
                     tables[-1].add(*sample_row("the judge's own, temperature 1", x, data, fitting, None, calls, x.numel() / seconds))
@@ -343,16 +343,20 @@ def replay(k, s):
     """One text or digit as it is made, for the page."""
     name = f"{k.name}: {k.path}"
     if k.name == "mnist":
-        return {"name": name, **report.drawing(k.method, k.c, 3, s.seed)}
+        return {"name": name, **report.drawing(k.method, k.c, 3, picture(s))}
     return {"name": name, **report.writing(k.method, corpus(k, s).alphabet, k.c.block_size, sampler(k, s))}
 
 
 def main(argv):
     s = parse(argv, Evaluate())
-    files = [HERE / "out/report.html"] * (s.report or s.quick) + [Path(s.json)] * bool(s.json)
+    files = {HERE / "out/report.html": report.page} if s.report or s.quick else {}
+    files |= {Path(s.json): json.dumps} if s.json else {}
     for path in files:                                                                # what cannot be written is told before anything is measured
         path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
         path.open("a").close()
+        if new:
+            path.unlink()
     s = quick(s) if s.quick else s
     every = usable([p for p in s.out.split(",") if p] or everything(), s)
     checkpoints, digits = [k for k in every if k.name != "mnist"], [k for k in every if k.name == "mnist"]
@@ -367,8 +371,8 @@ def main(argv):
     if files:
         runs = [(k.path, Path(k.path) / "best.pt" if Path(k.path).is_dir() else k.path) for k in every]
         data = report.gather(stamp(), tables, runs, [replay(k, s) for k in every])
-    for path in files:
-        path.write_text(report.page(data) if path.suffix == ".html" else json.dumps(data), encoding="utf-8")
+    for path, render in files.items():
+        path.write_text(render(data), encoding="utf-8")
         print(f"wrote {path}", file=sys.stderr)
 
 

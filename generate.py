@@ -120,11 +120,10 @@ def write(method, ids, known, T, s):
 
 
 def watch(frames, alphabet):
-    """Show frames of (x, confidence) in the terminal as they come, one over the other; elsewhere, only the last. -> all frames"""
-    seen, up = [], 0
+    """Show frames of (x, confidence) in the terminal as they come, one over the other, and pass them on; elsewhere, only that."""
+    up = 0
     try:
         for x, sure in frames:
-            seen.append((x, sure))
             if COLOR:
                 columns, lines = shutil.get_terminal_size()
                 texts = [alphabet.paint(i, p) for i, p in zip(x.tolist(), sure.tolist(), strict=True)]
@@ -132,9 +131,9 @@ def watch(frames, alphabet):
                 print((f"\x1b[{up}F" if up else "\x1b[?25l") + "\x1b[J" + "\n\n".join(texts), flush=True)
                 up = min(rows - 1, lines - 1)
                 time.sleep(.02)
+            yield x, sure
     finally:
         print("\x1b[?25h" if COLOR else "", end="", flush=True)
-    return seen
 
 
 def draw(frames, known, alphabet, seconds=8, columns=64):
@@ -171,19 +170,21 @@ def blink(start, end, seconds, writing=.75):
 
 
 def show(method, alphabet, s, T):
-    """Write s.n texts as s says and print them, or let them be watched. -> (all frames of (x, confidence), which of L are known)"""
+    """Write s.n texts as s says and print them, or let them be watched. -> (if s.svg is to be drawn all frames of the first text, each
+    (x, confidence) of (1, L), which of L are known)"""
     ids, known = plan(alphabet, s, T)
     reseed(s.seed)
-    begun, frames = time.time(), write(method, ids, known, T, s)
-    frames = watch(frames, alphabet) if s.watch else list(frames)
+    begun, calls, frames = time.time(), 0, []
+    x, sure = ids.repeat(s.n, 1), known.float().repeat(s.n, 1)                        # where nothing is left to write
+    writing = write(method, ids, known, T, s)
+    for x, sure in watch(writing, alphabet) if s.watch else writing:
+        calls += 1 + getattr(s, "twice", False) + bool(getattr(method, "twin", None))
+        frames += [(x[:1].clone(), sure[:1].clone())] * bool(getattr(s, "svg", ""))
     took = time.time() - begun
-    frames = frames or [(ids.repeat(s.n, 1), known.float().repeat(s.n, 1))]           # where nothing was left to write
-    x, sure = frames[-1]
     if not (s.watch and COLOR):
         print("\n\n".join(alphabet.paint(i, p, COLOR) for i, p in zip(x.tolist(), sure.tolist(), strict=True)))
-    calls = len(frames) * (1 + getattr(s, "twice", False))
     print(f"{calls} network calls, {took:.1f} s, {s.n * int((~known).sum()) / took:,.0f} characters/s", file=sys.stderr)
-    return frames, known
+    return frames or [(x[:1], sure[:1])], known
 
 
 def sample(argv, s, name, build, prepare=lambda *args: None):

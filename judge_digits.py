@@ -72,10 +72,14 @@ def digit_floor(real, n, seed):
     return table, floor
 
 
+def picture(s):
+    """How digits are sampled by the settings s of evaluate.py."""
+    return Picture(guidance=s.guidance, steps=s.gaussian_steps, sampler=s.sampler or Picture.sampler, td=s.td, seed=s.seed)
+
+
 def digit_sample(k, real, s):
     """Pictures of s.digits digits, all ten in turn, by checkpoint k. -> (their metrics, pictures a second)"""
     asked, begun = torch.arange(s.digits) % 10, time.time()
-    how = Picture(guidance=s.guidance, steps=s.gaussian_steps, sampler=s.sampler or Picture.sampler, td=s.td, seed=s.seed)
-    x = grey(many(k.method, asked, k.c, how)).to(DEVICE)
+    x = grey(many(k.method, asked, k.c, picture(s))).to(DEVICE)
     speed = s.digits / (time.time() - begun)
     return digit_metrics(x, asked, real.sets), speed

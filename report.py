@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from config import HERE, Picture
+from config import HERE
 from mnist_ddpm import draw, grey
 from train import reseed
 
@@ -65,9 +65,10 @@ def writing(method, alphabet, T, how):
     return dict(calls=len(frames) - 1, frames=[show(x[0].tolist(), p[0].tolist()) for x, p in spaced(frames)])
 
 
-def drawing(method, c, digit, seed):
-    """A digit as it is drawn: {calls, images}, an image being 784 bytes in base64, the first of them grey."""
-    frames = [torch.zeros(28, 28), *(z[0] for z, _ in draw(method, torch.tensor([digit]), c, Picture(seed=seed)))]
+def drawing(method, c, digit, how):
+    """A digit as it is drawn with the sampler how: {calls, images}, an image being 784 bytes in base64, the first of them grey."""
+    reseed(how.seed)
+    frames = [torch.zeros(28, 28), *(z[0] for z, _ in draw(method, torch.tensor([digit]), c, how))]
     return dict(calls=len(frames) - 1, images=[base64.b64encode(grey(z).numpy().tobytes()).decode() for z in spaced(frames)])
 
 

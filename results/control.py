@@ -35,6 +35,8 @@ def main(argv):
     twin = next((a.partition("=")[2] for a in argv if a.startswith("--twin=")), "")
     s = parse([a for a in argv if not a.startswith("--twin=")], Evaluate())
     k, ar = open_checkpoint(s.out), open_checkpoint(twin)
+    if k.name != "embed" or ar.name != "ar":
+        raise SystemExit("--out is a checkpoint of embed_diffusion.py, --twin one of train.py --objective=ar")
     data, blocks, judge = sample_setup(k, s, judge_of(s))
     T = k.c.block_size
     nothing = torch.zeros(T, dtype=torch.long), torch.zeros(T, dtype=torch.bool)
@@ -54,7 +56,7 @@ def main(argv):
     k.method.net.compile(dynamic=False)
     texts(k.method, EmbedSampler(n=len(blocks), steps=2))                             # it is compiled at the first call
     print(stamp())
-    table = Table(f"hybrids, {data.name}, windows of {T}", SAMPLES)
+    table = Table(f"hybrids, {data.name}, windows of {T}; calls of both networks; the diffusion model compiled, the twins not", SAMPLES)
     table.add(*sample_row("held out", blocks, data, judge))
     for title, how in hybrids(twin):
         how = replace(how, n=len(blocks), seed=s.seed)

@@ -36,15 +36,17 @@ SAID = {
 def measure(folder, argv):
     """Measure every run in folder: rows of results/ladder.csv."""
     s = parse(argv, Evaluate())
-    names = [*EMBED, *sorted(p.name for p in folder.iterdir() if p.name not in EMBED and not re.search(r"[a-z]\.\d$", p.name))]
+    names = [*EMBED, *sorted(p.name for p in folder.iterdir() if p.name not in EMBED and not re.search(r"\.[12]$", p.name))]
     hows = [(name, "clamp" if name == "diffusion-lm" else "learned" if EMBED.get(name, {}).get("predict", "tokens") == "tokens" else "cosine")
             for name in names if (folder / name / "best.pt").exists()]
     rows = []
     hows += [(name, other) for name, other in (("scaled", "cosine"), ("scaled", "clamp"), ("diffusion-lm", "learned")) if name in dict(hows)]
     for name, rounding in hows:
         k, s = open_checkpoint(folder / name), parse([*argv, f"--rounding={rounding}"], Evaluate())
-        seeds = [read(path, ("embed",)) for path in (folder / f"{name}{seed}" / "best.pt" for seed in ("", ".1", ".2")) if path.exists()]
-        bounds = [*{state["config"].seed: state["bound"] for state in seeds}.values()]
+        seeds = [read(path, ("embed",)) for path in (folder / f"{name}{seed}" / "best.pt" for seed in (".1", ".2", "")) if path.exists()]
+        bounds = [*{state["config"].seed: state["bound"] for state in seeds if "bound" in state}.values()]
+        if not bounds:
+            raise SystemExit(f"{folder / name} has not ended: python embed_diffusion.py --resume --out={folder / name}")
         data, blocks, judge = sample_setup(k, s, judge_of(s))
         x, _, _ = sample(k, len(blocks), s)
         texts, facts = [data.alphabet.decode(i) for i in x.tolist()], kit(k.method, data)
@@ -55,6 +57,8 @@ def measure(folder, argv):
             entropy=m["entropy"][0], words=m["words"][0], words_error=m["words"][1], fourgrams=m["fourgrams"], judge=judged(judge, x)[0],
             sample=texts[0].replace("\n", "/")))
         print(rows[-1], file=sys.stderr)
+    if not rows:
+        raise SystemExit(f"no run of results/ladder.sh in {folder}")
     with TABLE.open("w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()

@@ -166,8 +166,13 @@ def rebuilt(text):
 
 
 def main(argv):
-    text, differ = rebuilt(README.read_text(encoding="utf-8"))
-    if argv == ["--check"]:
+    if argv not in ([], ["--check"]):
+        raise SystemExit(__doc__)
+    try:
+        text, differ = rebuilt(README.read_text(encoding="utf-8"))
+    except (OSError, KeyError) as e:
+        raise SystemExit(str(e)) from None
+    if argv:
         raise SystemExit(f"README.md is not what results/ says: {', '.join(differ)}" if differ else 0)
     README.write_text(text, encoding="utf-8")
     print(f"rebuilt {', '.join(differ) or 'nothing: all as it should be'}")

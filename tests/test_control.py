@@ -43,6 +43,8 @@ def test_what_wishes_allow():
     for bad in ("", "e", "no:", "no:ab\\nd", "only:", "at:b", "at:1=", "at:-1=a", "line:0", "line:a", "some:a"):
         with pytest.raises(SystemExit, match="write no:e, only:abc, at:5=T or line:40"):
             wish(bad, Alphabet("ab\nd"))
+    with pytest.raises(SystemExit, match="ASCII"):
+        wish("no:é", Alphabet("".join(map(chr, range(256))), raw=True))
     with pytest.raises(SystemExit, match="never seen 'z'"):
         wish("no:z", Alphabet("ab\nd"))(at)
 

@@ -163,3 +163,10 @@ def test_what_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
     r = run("evaluate.py", f"--out={tmp_path}/none", f"--json={tmp_path}/file/table.json", code=1)
     assert len(r.stderr.strip().splitlines()) == 1 and "Error" in r.stderr and "no checkpoint" not in r.stderr
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_judge_of_shorter_windows_judges_in_pieces_and_writes_nothing_itself(tmp_path):
+    run("train.py", *TINY, "--max_iters=10", f"--out={tmp_path}/masked")
+    run("train.py", *TINY, "--max_iters=10", "--objective=ar", "--block_size=12", f"--out={tmp_path}/ar")
+    out = run("evaluate.py", f"--out={tmp_path}/masked", f"--judge={tmp_path}/ar", "--bound=False", "--exact=0", "--n=2", "--steps=2").stdout
+    assert "judge's own" not in out and out.count("±") >= 6
