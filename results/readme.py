@@ -123,12 +123,12 @@ def td():
 def side(corpus, title):
     """All text models on a corpus: n = 3, ± over seeds."""
     columns = *JUDGED, "distinct 4-grams", "characters/s"
-    yield "", "parameters", "bound, nats/char", "± draws", "bits/char", *columns
-    yield "real, held out", "", "", "", "", *found(f"side-{corpus}", title, *columns)
+    yield "", "parameters", "bound, nats/char", "bits/char", *columns
+    yield "real, held out", "", "", "", *found(f"side-{corpus}", title, *columns)
     for title, name in ("the twin (exact)", "twin"), ("masked", "masked"), ("embeddings", "embed"), ("analog bits", "bits"):
         runs = [f"out/side/{corpus}/{name}.{s}" for s in SEEDS]
-        yield (title, *found(f"side-{corpus}", runs[0], "parameters"), *over(f"side-{corpus}", runs, "bound, nats/char"),
-               *found(f"side-{corpus}", runs[0], "± draws"), *over(f"side-{corpus}", runs, "bits/char", *columns[:-1]),
+        yield (title, *found(f"side-{corpus}", runs[0], "parameters"), *over(f"side-{corpus}", runs, "bound, nats/char", "bits/char"),
+               *over(f"side-{corpus}", runs, *columns[:-1]),
                *over(f"side-{corpus}", runs, "characters/s", digits=0))
 
 

@@ -3,9 +3,7 @@
 # calls and without any temperature, and a frontier of seed 1337. bash results/side.sh [data_dir]
 set -eu
 data="${1:-data}"
-more() {   # the judge of results/bits.sh; tiny Shakespeare has a third of the text, so that its bounds need more draws
-    [ "$1" = warpeace ] && echo --judge=out/warpeace-judge || echo --draws=4
-}
+judge() { [ "$1" = warpeace ] && echo --judge=out/warpeace-judge || true; }   # of results/bits.sh
 exact="--order=random --temperature=1 --remask=0 --steps=128 --gaussian_steps=128"
 for corpus in shakespeare warpeace; do
     arm() {   # name, script, what is changed
@@ -19,9 +17,11 @@ for corpus in shakespeare warpeace; do
         arm bits analog_bits.py --prompts=0
         arm embed embed_diffusion.py --recipe=scaled
     done
+    : > results/side-$corpus.md
     all=$(printf "out/side/$corpus/%s," {twin,masked,bits,embed}.{1337,1,2})
-    python evaluate.py --data_dir="$data" $(more $corpus) --out="$all" $exact > results/side-$corpus.md
-    python evaluate.py --data_dir="$data" $(more $corpus) --out="$(printf "out/side/$corpus/%s.1337," twin masked bits embed)" $exact \
-        --bound=False --frontier --n=100 >> results/side-$corpus.md
+    first=$(printf "out/side/$corpus/%s.1337," twin masked bits embed)
+    for more in "--n=0 --exact=0 --out=$all" "--bound=False --n=100 $exact --out=$all" "--bound=False --n=100 $exact --frontier --out=$first"; do
+        python evaluate.py --data_dir="$data" $(judge $corpus) $more >> results/side-$corpus.md
+    done
 done
 python results/readme.py
