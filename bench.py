@@ -121,13 +121,11 @@ def training(c, rounds=15):
           f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}; matrix products of {n}: "
           + ", ".join(f"{statistics.median(p) / 1e9:,.0f} GFLOP/s in {str(d)[6:]}" for d, p in peaks.items()) + "\n")
     print("| training step | ms | characters/s | share of matmul peak | times plain | peak memory, MB |\n|---|---:|---:|---:|---:|---:|")
-    for (kind, name), (_, flops, settings, dtype, times) in rows.items():
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        mbs = pool.starmap(memory, [(settings, dtype) for _, _, settings, dtype, _ in rows.values()], chunksize=1)
+    for mb, ((kind, name), (_, flops, _, dtype, times)) in zip(mbs, rows.items(), strict=True):
         ms, plain = midhinge(times), rows.get((kind, list(VARIANTS)[-1]), [None])[-1]
         chars = c.batch_size * c.grad_accum * c.block_size
-        pool = multiprocessing.get_context("spawn").Pool(1)
-        mb = pool.apply(memory, (settings, dtype))
-        pool.close()
-        pool.join()
         ratio = f"{statistics.median(b / a for a, b in zip(times, plain, strict=True)):.2f}x" if plain else ""
         share = flops / ms / statistics.median(peaks[dtype])
         print(f"| {kind}, {name} | {1e3 * ms:.1f} | {chars / ms:,.0f} | {share:.0%} | {ratio} | {mb:,.0f} |", flush=True)

@@ -60,9 +60,10 @@ def test_curves_are_read_and_what_is_cut_is_left_out(tmp_path):
 
 def made(tmp_path, monkeypatch, capsys):
     """The page of a masked model, its twin, bits, digits and the masked model again; and one checkpoint that is damaged."""
-    for script, name, more in (("train.py", "masked", []), ("train.py", "ar", ["--objective=ar"]), ("analog_bits.py", "bits", []),
-                               ("mnist_ddpm.py", "mnist", ["--dataset=digits", "--train_size=100"])):
-        run(script, *TINY, *more, "--max_iters=10", "--warmup_iters=1", f"--out={tmp_path}/{name}")
+    text = evaluate.train.main
+    for main, name, more in ((text, "masked", []), (text, "ar", ["--objective=ar"]), (evaluate.analog_bits.main, "bits", []),
+                             (evaluate.mnist_ddpm.main, "mnist", ["--dataset=digits", "--train_size=100"])):
+        main([*TINY, *more, "--max_iters=10", "--warmup_iters=1", f"--out={tmp_path}/{name}"])
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/best.pt").write_bytes((tmp_path / "masked/best.pt").read_bytes()[:5000])
     monkeypatch.setattr(evaluate, "HERE", tmp_path)
