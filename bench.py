@@ -1,8 +1,8 @@
 """Speed and memory of the text models, as Markdown rows: python bench.py [--n_layer=8 ...]                    settings: config.Masked
 
-Times are midhinges, the mean of the two quartiles, over steps taken in turn, one of each variant after the other, so that a busy machine slows
-all alike (a median would jump: bits and embeddings take a further pass in every other step). The share of the peak is against a large matrix product
-in the same precision, measured in the same round."""
+Times are midhinges, the mean of the two quartiles, ± half of their distance, over steps taken in turn, one of each variant after the other, so
+that a busy machine slows all alike (a median would jump: bits and embeddings take a further pass in every other step). The share of the peak is
+against a large matrix product in the same precision, measured in the same round."""
 import itertools
 import multiprocessing
 import re
@@ -28,6 +28,7 @@ BUILD = {Masked: train.build, Bits: analog_bits.build, Embed: embed_diffusion.bu
 VARIANTS = {   # name: (precision, what to change)
     "as trained": (AMP, {}),
     "not compiled": (AMP, {"compile": False}),
+    "fp32": (torch.float32, {}),
     "plain: eager, fp32, AdamW": (torch.float32, {"compile": False, "optimizer": "adamw"}),
 }
 
@@ -55,9 +56,9 @@ def timed(f):
 
 
 def midhinge(times):
-    """The mean of the lower and the upper quartile."""
+    """The mean of the lower and the upper quartile, and half of their distance."""
     low, _, high = statistics.quantiles(times, n=4)
-    return (low + high) / 2
+    return (low + high) / 2, (high - low) / 2
 
 
 def trainer(c, dtype):
@@ -118,17 +119,17 @@ def training(c, rounds=15):
             took = timed(step)
             times += [took] if i >= 3 else []
     print(f"\n{c.n_layer} layers x {c.n_head} heads x {c.n_embd}, block {c.block_size}, batch {c.batch_size} x {c.grad_accum}, {DEVICE}, "
-          f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}; matrix products of {n}: "
+          f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}, {rounds} rounds; matrix products of {n}: "
           + ", ".join(f"{statistics.median(p) / 1e9:,.0f} GFLOP/s in {str(d)[6:]}" for d, p in peaks.items()) + "\n")
     print("| training step | ms | characters/s | share of matmul peak | times plain | peak memory, MB |\n|---|---:|---:|---:|---:|---:|")
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         mbs = pool.starmap(memory, [(settings, dtype) for _, _, settings, dtype, _ in rows.values()], chunksize=1)
     for mb, ((kind, name), (_, flops, _, dtype, times)) in zip(mbs, rows.items(), strict=True):
-        ms, plain = midhinge(times), rows.get((kind, list(VARIANTS)[-1]), [None])[-1]
+        (took, spread), plain = midhinge(times), rows.get((kind, list(VARIANTS)[-1]), [None])[-1]
         chars = c.batch_size * c.grad_accum * c.block_size
         ratio = f"{statistics.median(b / a for a, b in zip(times, plain, strict=True)):.2f}x" if plain else ""
-        share = flops / ms / statistics.median(peaks[dtype])
-        print(f"| {kind}, {name} | {1e3 * ms:.1f} | {chars / ms:,.0f} | {share:.0%} | {ratio} | {mb:,.0f} |", flush=True)
+        share = flops / took / statistics.median(peaks[dtype])
+        print(f"| {kind}, {name} | {1e3 * took:.1f} ± {1e3 * spread:.1f} | {chars / took:,.0f} | {share:.0%} | {ratio} | {mb:,.0f} |", flush=True)
 
 
 def forgetful(method, x, known, s):
@@ -140,7 +141,7 @@ def forgetful(method, x, known, s):
             yield x, sure
 
 
-def sampling(c, n=8):
+def sampling(c, n=8, rounds=5):
     """Print a row for each way to write n blocks at once."""
     model.autocast = autocast
     T = c.block_size
@@ -154,8 +155,8 @@ def sampling(c, n=8):
             ("bits", bits.sample, CodeSampler()), ("embeddings", embeddings.sample, EmbedSampler())):
         write = lambda f=sample, s=how: sum(1 for _ in f(nothing, nothing > 0, s))
         calls = write()
-        took = statistics.median(timed(write) for _ in range(3))
-        print(f"| {title} | {calls} | {1e3 * took / calls:.2f} | {n * T / took:,.0f} |", flush=True)
+        took, spread = midhinge([timed(write) for _ in range(rounds)])
+        print(f"| {title} | {calls} | {1e3 * took / calls:.2f} ± {1e3 * spread / calls:.2f} | {n * T / took:,.0f} |", flush=True)
 
 
 def main(argv):

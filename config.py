@@ -53,7 +53,7 @@ class Config:   # shared by every script that trains
     batch_size: int = 64 if GPU else 32     # examples in a micro-batch
     grad_accum: int = 1            # micro-batches in a step, shared out among the processes of torchrun
     optimizer: Literal["muon", "adamw"] = "muon"   # muon: the matrices of the blocks by Muon, all else by AdamW
-    learning_rate: float = 6e-3    # AdamW alone wants 1e-3
+    learning_rate: float = 6e-3    # of both: Muon's update is scaled to AdamW's
     warmup_iters: int = 100
     weight_decay: float = 0.1
     grad_clip: float = 1.0
@@ -284,8 +284,9 @@ class EmbedSampler(CodeSampler):   # embed_diffusion.py sample
     weight: float = 0.5            # guided: of the twin, from 0 to 1; the network has the rest
     steer: str = ""                # towards no:e (no e), only:abc, at:5=T (a T at position 5), line:40 (lines of 40 characters)
     strength: float = 2.0          # of steering: how many times the gradient of the logarithm of that probability
-    rounding: Literal["learned", "cosine", "clamp"] = "learned"   # from guess to character: the network's probabilities; the row at the smallest
-    #                                angle; clamp: the network's, and each guess becomes the row of its likeliest character (Diffusion-LM)
+    rounding: Literal["", "learned", "cosine", "clamp"] = ""   # from guess to character. learned: the network's probabilities; cosine: the row at
+    #                                the smallest angle; clamp: learned, and each guess becomes the row of its likeliest character, or of the
+    #                                nearest (Diffusion-LM); empty: learned, but cosine where weight=simple has taught the network none
 
     def __post_init__(self):
         super().__post_init__()
@@ -315,7 +316,7 @@ class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of eac
     sampler: Literal["", "ddim", "ancestral"] = ""         # empty: what each takes by itself
     td: float = 0.0
     twice: bool = False
-    rounding: Literal["learned", "cosine", "clamp"] = "learned"   # of embeddings, as in EmbedSampler
+    rounding: Literal["", "learned", "cosine", "clamp"] = ""   # of embeddings, as in EmbedSampler
 
     def __post_init__(self):
         super().__post_init__()

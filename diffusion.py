@@ -409,7 +409,7 @@ class CodeDiffusion(GaussianDiffusion):
         """The guess that the sampler s goes on with, as `guess`."""
         return self.guess(z, gamma, extra, before)
 
-    def regularizer(self, logits, x0):
+    def regularizer(self, logits):
         """What a subclass adds to the cross-entropy."""
         return 0
 
@@ -434,7 +434,7 @@ class CodeDiffusion(GaussianDiffusion):
         counts = counts / counts.sum().clamp(min=1) / x0.size(2)                      # (B, T)
         if self.weight == "ce":
             nats = F.cross_entropy(logits.flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape).sum(2)
-            return (nats * counts).sum() + self.regularizer(logits, x0)
+            return (nats * counts).sum() + self.regularizer(logits)
         return (counts * speed * (-gamma).exp() * slope / 2 * (x - self.mean(logits)).square().sum(2)).sum().float()
 
     def reconstruction(self, x0, z):

@@ -43,7 +43,7 @@ class Embeddings(Characters):
         if not self.tokens:
             self.to_x, self.plain = XHAT[c.predict], PLAIN[c.predict]
         if self.fluency:
-            self.register_buffer("pairs", torch.ones(len(rows), len(rows)))           # of characters in the training batches so far
+            self.register_buffer("pairs", torch.ones(len(rows), len(rows)))           # of characters, each once more than in the training text
 
     @property
     def table(self):
@@ -63,12 +63,15 @@ class Embeddings(Characters):
         return self.rounded(*guess, s)
 
     def rounded(self, xhat, p, s):
-        """A guess by s.rounding: learned, as it is; cosine, the row at the smallest angle; clamp, xhat becomes the likeliest row (so that it cannot
-        be steered)."""
-        if s.rounding == "cosine":
+        """A guess by s.rounding: learned, as it is; cosine, the row at the smallest angle; clamp, xhat becomes the likeliest row, or that nearest to
+        it if the network predicts numbers (so that it cannot be steered)."""
+        if s.rounding == "clamp":
+            near = p[:, :, 0] if self.tokens else -torch.cdist(xhat.float(), self.table)
+            return self.clean(near.argmax(-1, keepdim=True)), p
+        if s.rounding == "cosine" or not s.rounding and self.weight == "simple":      # nothing has taught such a network to round
             angle = F.normalize(xhat.float(), dim=-1) @ F.normalize(self.table, dim=1).T
             p = F.one_hot(angle.argmax(-1), len(self.table))[:, :, None] * angle.amax(-1).clamp(0, 1)[..., None, None]
-        return self.clean(p.argmax(-1)) if s.rounding == "clamp" else xhat, p
+        return xhat, p
 
     def wished(self, z, gamma, extra, before, s):
         """`guess`, guided: p is p^(1 - weight) p_twin^weight, where the twin reads what is likeliest so far. And steered towards a wish y: xhat +
@@ -108,13 +111,11 @@ class Embeddings(Characters):
         error = (torch.where((t < 1 / STEPS)[..., None], embedding, x) - f).square().mean() + (aT * x).square().mean()
         return error.float() + F.cross_entropy((x.float() @ self.table.T).flatten(0, 1), x0.flatten())
 
-    def regularizer(self, logits, x0):
+    def regularizer(self, logits):
         """Fluency: the surprise -log p(b | a) of the training text's pairs of characters, expected over what is predicted, in nats a pair."""
         if not self.fluency:
             return 0
-        x0, p = x0[..., 0], logits[:, :, 0].softmax(-1)
-        if self.training:
-            self.pairs.index_put_((x0[:, :-1], x0[:, 1:]), self.pairs.new_ones(()), accumulate=True)
+        p = logits[:, :, 0].softmax(-1)
         surprise = self.pairs.sum(1, keepdim=True).log() - self.pairs.log()           # (V, V)
         return self.fluency * ((p[:, :-1] @ surprise) * p[:, 1:]).sum(-1).mean()
 
@@ -126,15 +127,17 @@ def build(c, meta):
     return Embeddings(net, torch.randn(V, c.dim) * (.02 if c.rows == "small" else 1), c)
 
 
-def begin(c, meta):
-    """The method of a run that trains: a new one has the rows of the file c.table, if one is named, and says what that lacks."""
-    method = build(c, meta)
+def begin(method, data, c):
+    """Give a method that is to be trained what it takes from elsewhere: from the training text the counts of its pairs of characters, from the
+    file c.table, if one is named, its rows; and say what that lacks."""
+    if c.fluency:
+        pairs = data.train[:-1].long() * len(data.alphabet) + data.train[1:].long()
+        method.pairs += torch.bincount(pairs.flatten(), minlength=method.pairs.numel()).view_as(method.pairs).cpu()
     if c.table and not c.resume:
-        rows, missing = pretrained(c.table, meta["alphabet"], c.dim)                  # drawn after the network, which a table leaves as it is
+        rows, missing = pretrained(c.table, data.alphabet.chars, c.dim)               # drawn after the network, which a table leaves as it is
         method.rows.data.copy_(rows)
         if missing and RANK == 0:
             print(f"{c.table} lacks {len(missing)} of {len(rows)} characters: {missing[:80]!r}{' ...' * (len(missing) > 80)}; they begin at random")
-    return method
 
 
 # ---- why it fails
@@ -185,8 +188,7 @@ def kit(method, data, n=64):
     table = method.table.double()
     reseed(0)
     nothing = torch.zeros_like(val[:32])
-    how = EmbedSampler(rounding="cosine" if method.weight == "simple" else "learned")   # nothing has taught such a network to round
-    *_, (x, _) = method.sample(nothing, nothing > 0, how)
+    *_, (x, _) = method.sample(nothing, nothing > 0, EmbedSampler())
     share = torch.bincount(x.flatten()).double() / x.numel()
     return dict(nothing=-unigram[data.val.long()].log2().mean().item(), norm=table.norm(dim=1).mean().item(),
                 ce=[nats[((own * 5).ceil() == i) & (own < 1)].mean().item() / math.log(2) for i in range(1, 6)],
@@ -241,7 +243,7 @@ def prepare(method, alphabet, s, T):
 def main(argv):
     if argv[:1] == ["sample"]:
         return generate.sample(argv[1:], EmbedSampler(), "embed", build, prepare)
-    ema, data = start(argv, parse(argv, Embed()), "embed", Text, begin, show_text(EmbedSampler()))
+    ema, data = start(argv, parse(argv, Embed()), "embed", Text, build, show_text(EmbedSampler()), begin)
     if ema and RANK == 0:
         print(diagnosis(kit(ema, data)))
 

@@ -229,29 +229,38 @@ def sample(checkpoint, n, s):
 
 def sample_tables(checkpoints, s, judge):
     """What the samples of checkpoints are like, a table for each corpus and block size, beside as much held-out text in the same windows and as
-    much by the judge itself. -> tables"""
+    much by the judge itself; and below it the first of each. -> tables"""
     tables, about = [], ""
     for how in dict.fromkeys(sampler(k, s) for k in checkpoints):
         names = Sampler.__dataclass_fields__ if isinstance(how, Sampler) else ("steps", "sampler", "td", "twice", "rounding", "seed")
         about += f"\n\nsampler: {', '.join(f'{k}={getattr(how, k)}' for k in names if hasattr(how, k))}"
     print(about)
     for data in dict.fromkeys(corpus(k, s) for k in checkpoints):
-        for k in (k for k in checkpoints if corpus(k, s) is data):
-            _, blocks, fitting = sample_setup(k, s, judge)
-            if not tables or tables[-1].data is not data:
-                tables.append(Table(f"samples, {data.name}, windows of {data.T}", SAMPLES))
-                tables[-1].data = data
-                tables[-1].add(*sample_row(f"held out, beside {len(data.train):,} characters", blocks, data, fitting))
-                if fitting and fitting.c.block_size >= data.T:
-                    own = Sampler(temperature=1.0, seed=s.seed)
-                    x, calls, seconds = written(fitting.method, torch.zeros_like(blocks), torch.zeros_like(blocks) > 0, own)
-                    tables[-1].add(*sample_row("the judge's own, temperature 1", x, data, fitting, None, calls, x.numel() / seconds))
-            x, calls, speed = sample(k, len(blocks), s)
-            tables[-1].add(*sample_row(k.path, x, data, fitting, infilling(k, blocks), calls, speed))
-            for title, how in frontier(k, s) if s.frontier else ():
-                x, calls, speed = sample(k, len(blocks), how)
-                tables[-1].add(*sample_row(f"{k.path}, {title}", x, data, fitting, None, calls, speed))
+        table, first = Table(f"samples, {data.name}, windows of {data.T}", SAMPLES), []
+        for title, x, *more in texts(data, [k for k in checkpoints if corpus(k, s) is data], s, judge):
+            table.add(*sample_row(title, x, data, *more))
+            first.append((title, data.alphabet.decode(x[0].tolist()).replace("\n", "/")))
+        tables += [table, Table(f"the first of each, {data.name}, / for a new line", {"text": 0, "sample": 0})]
+        for row in first:
+            tables[-1].add(*row)
     return tables
+
+
+def texts(data, checkpoints, s, judge):
+    """The texts of a table of samples, as they are written: title, x (n, T), and what else sample_row takes."""
+    for i, k in enumerate(checkpoints):
+        _, blocks, fitting = sample_setup(k, s, judge)
+        if not i:
+            yield f"held out, beside {len(data.train):,} characters", blocks, fitting
+            if fitting and fitting.c.block_size >= data.T:
+                own = Sampler(temperature=1.0, seed=s.seed)
+                x, calls, seconds = written(fitting.method, torch.zeros_like(blocks), torch.zeros_like(blocks) > 0, own)
+                yield "the judge's own, temperature 1", x, fitting, None, calls, x.numel() / seconds
+        x, calls, speed = sample(k, len(blocks), s)
+        yield k.path, x, fitting, infilling(k, blocks), calls, speed
+        for title, how in frontier(k, s) if s.frontier else ():
+            x, calls, speed = sample(k, len(blocks), how)
+            yield f"{k.path}, {title}", x, fitting, None, calls, speed
 
 
 def frontier(k, s):

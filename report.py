@@ -25,7 +25,7 @@ class Table:
     def add(self, *cells):
         """A row: texts, whole numbers, numbers, pairs (number, standard error); what is None or no number stays empty."""
         self.rows.append(cells)
-        print(f"| {' | '.join(self.shown(cells))} |", flush=True)
+        print("| " + " | ".join(cell.replace("|", "\\|") for cell in self.shown(cells)) + " |", flush=True)
 
     def shown(self, cells):
         """A row as texts."""

@@ -360,16 +360,19 @@ def fit(method, data, c, meta, show=None):
     return ema
 
 
-def start(argv, c, name, read_data, build, show):
+def start(argv, c, name, read_data, build, show, begin=lambda method, data, c: None):
     """What every script that trains does with its settings c: resume or begin, read the data, fit, and say how to sample.
-    name of the method; read_data(c), build(c, meta); show(averaged method, data, c) after each evaluation. -> what fit returns, data"""
+    name of the method; read_data(c), build(c, meta); begin(method, data, c) before the first step, show(averaged method, data, c) after each
+    evaluation. -> what fit returns, data"""
     c = resumed(argv, c, name) if c.resume else c
     name = getattr(c, "objective", name)                                              # of the run that is resumed, not of what is typed
     data, out = read_data(c), folder(c, name)
     if data.warning and RANK == 0:
         print(data.warning)
     reseed(c.seed)
-    ema = fit(build(c, data.meta), data, c, {"method": name, **data.meta}, lambda ema: show(ema, data, c))
+    method = build(c, data.meta)
+    begin(method, data, c)
+    ema = fit(method, data, c, {"method": name, **data.meta}, lambda ema: show(ema, data, c))
     if ema and RANK == 0:
         print(f"done: python {METHODS[name][2]}{'' if out == HERE / 'out' / name and name != 'ar' else f' --out={out}'} writes with it")
     return ema, data

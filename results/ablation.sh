@@ -14,14 +14,14 @@ for seed in 1337 1 2; do
     arm cosine-pooled.$seed --schedule=cosine --weight=pooled --seed=$seed
     arm batch-64.$seed --batch_size=64 --max_iters=700 --eval_interval=350 --warmup_iters=50 --seed=$seed
     arm ema-off.$seed --ema=0 --seed=$seed
+    arm time.$seed --time=True --seed=$seed
+    arm dropout.$seed --dropout=0.1 --seed=$seed
 done
 arm square --schedule=square
 arm square-pooled --schedule=square --weight=pooled
-arm time --time=True
 arm adamw-1e-3 --optimizer=adamw --learning_rate=1e-3
 arm adamw-3e-3 --optimizer=adamw --learning_rate=3e-3
+arm adamw-6e-3 --optimizer=adamw
 arm batch-128 --batch_size=128 --max_iters=350 --eval_interval=175 --warmup_iters=25
-arm dropout --dropout=0.1
-arm ema-.99 --ema=0.99
 arm documents --schedule=cosine --weight=pooled --optimizer=adamw --learning_rate=3e-4 --time=True
-# commit aa28468 has arms that lost: --positions=learned --reach=0 --schedule=loss --schedule=genmd4 --schedule=tilted; --weight=flat
+# commit aa28468 has arms that lost: --positions=learned --reach=0 --schedule=genmd4; --weight=flat; three seeds: --schedule=loss --schedule=tilted

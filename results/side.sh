@@ -3,7 +3,8 @@
 # calls and without any temperature, and a frontier of seed 1337. bash results/side.sh [data_dir]
 set -eu
 data="${1:-data}"
-judge() { [ "$1" = warpeace ] && echo --judge=out/warpeace-judge || true; }   # of results/bits.sh
+judge() { [ "$1" = warpeace ] && echo --judge=out/warpeace-judge || true; }
+[ -f out/warpeace-judge/best.pt ] || { echo "no judge of War and Peace in out/warpeace-judge: results/bits.sh trains it, in its first run"; exit 1; }
 exact="--order=random --temperature=1 --remask=0 --steps=128 --gaussian_steps=128"
 for corpus in shakespeare warpeace; do
     arm() {   # name, script, what is changed
@@ -17,11 +18,10 @@ for corpus in shakespeare warpeace; do
         arm bits analog_bits.py --prompts=0
         arm embed embed_diffusion.py --recipe=scaled
     done
-    : > results/side-$corpus.md
     all=$(printf "out/side/$corpus/%s," {twin,masked,bits,embed}.{1337,1,2})
     first=$(printf "out/side/$corpus/%s.1337," twin masked bits embed)
     for more in "--n=0 --exact=0 --out=$all" "--bound=False --n=100 $exact --out=$all" "--bound=False --n=100 $exact --frontier --out=$first"; do
-        python evaluate.py --data_dir="$data" $(judge $corpus) $more >> results/side-$corpus.md
-    done
+        python evaluate.py --data_dir="$data" $(judge $corpus) $more
+    done > results/side-$corpus.md
 done
 python results/readme.py

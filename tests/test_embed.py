@@ -1,5 +1,6 @@
 """embed_diffusion.py: the ladder, tables frozen and learned, what a network without positions cannot know, rounding, the diagnosis."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,10 +8,11 @@ import torch.nn.functional as F
 from conftest import run
 from torch import nn
 
+import model
 import train
 from config import EMBED, LADDER, Embed, EmbedSampler, parse
 from diffusion import scales
-from embed_diffusion import build, cross_entropy, tells
+from embed_diffusion import begin, build, cross_entropy, tells
 from train import reseed
 
 TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60",
@@ -48,15 +50,20 @@ def test_what_does_not_go_together_is_one_line(args):
         parse(args.split(), Embed())
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("recipe", EMBED)
-def test_every_parameter_gets_a_gradient_and_only_a_learned_table_moves(recipe):
+def test_every_parameter_gets_a_gradient_and_only_a_learned_table_moves(recipe, half, monkeypatch):
+    """In fp16 with a scaler, which begins where training's does, too."""
+    if half:
+        monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", torch.float16))
     reseed(0)
-    m = build(tiny(recipe), ABC)
+    m, scaler = build(tiny(recipe), ABC), torch.amp.GradScaler("cpu", enabled=half)
     before, opt = m.rows.detach().clone(), torch.optim.AdamW(m.parameters(), 1e-2)
     for _ in range(6):
         opt.zero_grad()
-        m(torch.randint(8, (16, 12))).backward()
-        opt.step()
+        scaler.scale(m(torch.randint(8, (16, 12)))).backward()
+        scaler.step(opt)
+        scaler.update()
     assert not [n for n, p in m.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
     assert torch.equal(before, m.rows) != EMBED[recipe]["learned"] and "rows" in m.state_dict()
     if EMBED[recipe]["rows"] == "unit":
@@ -105,9 +112,15 @@ def test_roundings_by_hand():
     p = torch.randn(2, 12, 1, 8).softmax(-1)
     how = lambda r: m.rounded(xhat, p, EmbedSampler(rounding=r))
     assert how("learned")[0] is xhat and how("learned")[1] is p
-    assert torch.equal(how("clamp")[0], m.table[p.argmax(-1)[..., 0]].double()) and how("clamp")[1] is p
+    nearest = (xhat[:, :, None].float() - m.table).square().sum(-1).argmin(-1)        # of rows that differ in length, not the likeliest
+    assert torch.equal(how("clamp")[0], m.table[nearest].double()) and how("clamp")[1] is p
+    assert (nearest != (xhat.float() @ m.table.T).argmax(-1)).any()
+    tokens = build(tiny(), ABC)
+    assert torch.equal(tokens.rounded(xhat, p, EmbedSampler(rounding="clamp"))[0], tokens.table[p.argmax(-1)[..., 0]].double())
     x, cosine = how("cosine")
     assert x is xhat and torch.equal(cosine.argmax(-1)[..., 0], F.cosine_similarity(xhat[:, :, None].float(), m.table, dim=-1).argmax(-1))
+    by_default = [build(tiny(r), ABC).rounded(xhat, p, EmbedSampler())[1] is p for r in ("baseline", "x0", "diffusion-lm", "best")]
+    assert by_default == [False, False, True, True]                                   # nothing has taught the first two to round
     far = m.table * torch.linspace(1, 9, 8)[:, None]                                  # the angle does not care how long a row is
     assert torch.equal(m.rounded(far[None].double(), p[:1, :8], EmbedSampler(rounding="cosine"))[1].argmax(-1).flatten(), torch.arange(8))
 
@@ -128,12 +141,17 @@ def test_fluency_is_the_expected_surprise_of_predicted_pairs():
     m.pairs.copy_(torch.rand(8, 8) + .1)
     surprise = -(m.pairs / m.pairs.sum(1, keepdim=True)).log()
     certain = 100. * F.one_hot(x0, 8)[:, :, None].float()
-    assert m.regularizer(certain, x0[..., None]).item() == pytest.approx(2 * surprise[x0[:, :-1], x0[:, 1:]].mean().item(), rel=1e-4)
-    assert m.regularizer(0 * certain, x0[..., None]).item() == pytest.approx(2 * surprise.mean().item(), rel=1e-4)
-    before = m.pairs.clone()
-    m.train().regularizer(certain, x0[..., None])
-    assert (m.pairs - before).sum() == 5 * 11 and (m.pairs - before)[x0[0, 0], x0[0, 1]] >= 1
-    assert build(tiny(), ABC).regularizer(certain, x0[..., None]) == 0
+    assert m.regularizer(certain).item() == pytest.approx(2 * surprise[x0[:, :-1], x0[:, 1:]].mean().item(), rel=1e-4)
+    assert m.regularizer(0 * certain).item() == pytest.approx(2 * surprise.mean().item(), rel=1e-4)
+    assert build(tiny(), ABC).regularizer(certain) == 0
+
+
+def test_fluency_counts_the_pairs_of_the_training_text():
+    data = SimpleNamespace(train=torch.tensor([0, 1, 0, 1, 7, 7], dtype=torch.uint8), alphabet="abcdefgh")
+    m = build(tiny(fluency=2.), ABC)
+    begin(m, data, tiny(fluency=2.))
+    counts = m.pairs - 1
+    assert counts.sum() == 5 and counts[0, 1] == 2 and counts[1, 0] == counts[1, 7] == counts[7, 7] == 1
 
 
 def test_the_diagnosis_knows_nothing_where_the_network_does_not():

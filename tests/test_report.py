@@ -85,6 +85,8 @@ def test_the_page_from_checkpoints_to_the_browser(tmp_path, monkeypatch, capsys)
     assert first[:minus] + first[minus + 1:] == again[:minus] + again[minus + 1:] and again[minus] == [0, 0]     # the same twice is the same digits
     assert data["replay"][0] == data["replay"][4]
     samples = next(t for t in data["tables"] if "samples" in t["title"])["values"]
+    first = next(t for t in data["tables"] if "the first of each" in t["title"])["rows"]
+    assert [r[0] for r in first] == [r[0] for r in samples] and all(len(r[1]) > 20 for r in first)
     assert len(samples) == 2 + 4 * 5 and sum("temperature" in r[0] for r in samples) == 13 and sum(", td" in r[0] for r in samples) == 4
     assert samples[2][:-1] == samples[17][:-1] and samples[3][2:-1] != samples[6][2:-1]                  # but for the speed
     assert len(data["replay"]) == len(data["curves"]) == 5 and len(data["levels"]) == 4

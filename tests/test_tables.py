@@ -2,6 +2,7 @@
 import json
 import math
 import runpy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT, run
 import embed_diffusion
 import train
 from config import Embed, Masked, parse
+from data import Alphabet
 from tables import GPT2, pretrained, spellings, tensor_rows, text_rows
 from train import reseed
 
@@ -244,11 +246,13 @@ def test_settings():
 
 def test_a_table_leaves_the_network_as_it_would_be(tmp_path, capsys):
     c, meta = Embed(table=f"{tmp_path}/t.txt", n_layer=1, n_head=1, n_embd=16, dim=6), {"alphabet": "abcdefgh"}
+    data = SimpleNamespace(alphabet=Alphabet("abcdefgh"))
     glove(tmp_path / "t.txt", "abcdefg")
     reseed(5)
     plain = embed_diffusion.build(c, meta).state_dict()
     reseed(5)
-    m = embed_diffusion.begin(c, meta)
+    m = embed_diffusion.build(c, meta)
+    embed_diffusion.begin(m, data, c)
     assert all(torch.equal(v, plain[k]) for k, v in m.state_dict().items() if k != "rows")
     rows = pretrained(c.table, "abcdefg", 6)[0]
     assert torch.allclose(m.rows[:7].detach(), rows, atol=1e-6) and torch.allclose(m.table[:7].detach(), c.norm * rows, atol=1e-6)

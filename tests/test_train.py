@@ -104,8 +104,9 @@ def test_kill_9_at_any_moment_loses_nothing(corpus, tmp_path):
     assert same(tmp_path / "straight", tmp_path / "killed") and log(tmp_path / "straight") == log(tmp_path / "killed")
 
 
-def test_two_processes_equal_one(corpus, tmp_path):
-    args = ["train.py", corpus, *TINY, "--max_iters=6", "--eval_interval=3", "--grad_accum=2"]
+@pytest.mark.parametrize("script", ["train.py", "embed_diffusion.py --fluency=1"])
+def test_two_processes_equal_one(script, corpus, tmp_path):
+    args = [*script.split(), corpus, *TINY, "--max_iters=6", "--eval_interval=3", "--grad_accum=2"]
     one = shell(*args, f"--out={tmp_path}/one")
     two = shell("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", *args, f"--out={tmp_path}/two")
     for p in (one, two):
