@@ -1,7 +1,7 @@
 """Masked CE of a masked model with the mask rates that others use: python results/clock.py --out=results/masked.pt
 
 Total cross-entropy / number of masked characters, which is what most projects call validation loss, depends on how many are masked. evaluate.py
-prints it for all shares alike (linear); document 004, whose 2.29 it is set beside, trained and validated under the cosine schedule: more are masked."""
+prints it for all shares alike (linear); document 004, whose 2.29 it is set beside, had the cosine schedule, which masks more."""
 import sys
 from pathlib import Path
 
