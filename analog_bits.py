@@ -10,7 +10,7 @@ from torch import nn
 import generate
 from config import Bits, CodeSampler, parse, run
 from data import Alphabet, Text
-from diffusion import Characters, CodeDiffusion
+from diffusion import Characters
 from model import Transformer
 from train import show_text, start
 
@@ -47,19 +47,13 @@ class LoneBits(Characters):
         super().__init__(net, torch.tensor([[-1.0], [1.0]]), *how)
         self.register_buffer("codes", codes, persistent=False)
 
-    def forward(self, x0):
-        """Training loss of characters x0 (B, T): nats per bit."""
-        return CodeDiffusion.forward(self, ((self.codes[x0] > 0).long(), x0.new_zeros(*x0.shape, 0)))
+    def spelled(self, x0):
+        """The bits (B, T, K) of characters x0 (B, T)."""
+        return (self.codes[x0] > 0).long()
 
-    def bound(self, x0, u, seeds):
-        """As above: the nats of a character are those of its K bits."""
-        nats, u = CodeDiffusion.bound(self, (self.codes[x0] > 0).long(), u, seeds)
-        return nats * self.codes.size(1), u
-
-    def sample(self, x, known, s):
-        """As above; a character is as sure as its bits together."""
-        for y, p in CodeDiffusion.sample(self, (self.codes[x.masked_fill(~known, 0)] > 0).long(), known, s):
-            yield ((y * 2.0 - 1) @ self.codes.T - self.codes.square().sum(1) / 2).argmax(-1), p.prod(-1)
+    def read(self, tokens):
+        """The characters (B, T) whose codes are nearest to the bits (B, T, K)."""
+        return ((tokens * 2.0 - 1) @ self.codes.T - self.codes.square().sum(1) / 2).argmax(-1)
 
 
 def build(c, meta):

@@ -143,20 +143,14 @@ def begin(method, data, c):
 # ---- why it fails
 
 def cross_entropy(method, x0, unigram, generator):
-    """Of the predicted text, in nats, and the own times of its characters: two tensors (B, T), for x0 (B, T) at noise levels all over the way.
+    """Of the text that method, a Characters, predicts, in nats, and the own times of its characters: two tensors (B, T), for x0 (B, T) at noise
+    levels all over the way.
 
     A network that predicts numbers has no probabilities: log p = log unigram - beta |xhat - C|^2 with the beta in each fifth of the way that serves
     it best, so that it cannot be worse than the know-nothing line because of the scale of its table."""
-    u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
-    own, _ = method.turns(u.double()[:, None], lambda: torch.rand(x0.shape, generator=generator))
-    own = own.expand(x0.shape).to(x0.device)
-    gamma, x = method.ends[0] + own * (method.ends[1] - method.ends[0]), method.clean(x0[..., None])
-    (a, s), nothing = scales(gamma), x.new_zeros(*x0.shape, 0)
-    z = a * x + s * torch.randn(x.shape, generator=generator).to(x)
-    before = method.guess(z, gamma, nothing)[0] if method.selfcond else None
-    xhat, p = method.guess(z, gamma, nothing, before)
+    xhat, p, own = method.predicted(x0, generator)
     if method.tokens:
-        return F.nll_loss(p[:, :, 0].clamp(min=1e-30).log().flatten(0, 1), x0.flatten(), reduction="none").view(x0.shape), own
+        return -p.gather(-1, method.spelled(x0)[..., None]).clamp(min=1e-30).log().sum((2, 3)), own
     far = (xhat[:, :, None] - method.table).square().sum(-1)                          # (B, T, V)
     nats, unigram = far.new_zeros(x0.shape), unigram.to(far)
     for fifth in range(5):
@@ -177,21 +171,33 @@ def tells(x):
     return information(x) - information(shuffled)
 
 
+def held_out(data, n):
+    """n evenly spaced windows (n, T) of held-out text, and the frequencies (V,) of the characters of the training text."""
+    unigram = torch.bincount(data.train.long(), minlength=len(data.alphabet)).double() + 1
+    return data.val[torch.linspace(0, len(data.val) - 1, min(n, len(data.val))).long()].long(), unigram / unigram.sum()
+
+
+@torch.no_grad()
+def cross_entropy_by_noise(method, data, n=64):
+    """Of the predicted text, in nats, in fifths of the way from clean to noise, from n windows at five levels each."""
+    val, unigram = held_out(data, n)
+    nats, own = cross_entropy(method, val.repeat(5, 1), unigram, torch.Generator().manual_seed(0))
+    return [nats[((own * 5).ceil() == i) & (own < 1)].mean().item() for i in range(1, 6)]
+
+
 @torch.no_grad()
 def kit(method, data, n=64):
     """What the failures of embedding diffusion look like, from n windows, all in bits: nothing, the know-nothing line, which is what one scores
     who knows only how frequent each character is; ce, the cross-entropy of the predicted text in fifths of the noise; norm and nearest other
     row of the table; entropy of the characters of samples x, and what one tells of the next, in samples and in text."""
-    unigram = torch.bincount(data.train.long(), minlength=len(data.alphabet)).double() + 1
-    unigram, val = unigram / unigram.sum(), data.val[torch.linspace(0, len(data.val) - 1, min(n, len(data.val))).long()].long()
-    nats, own = cross_entropy(method, val.repeat(5, 1), unigram, torch.Generator().manual_seed(0))
+    val, unigram = held_out(data, n)
     table = method.table.double()
+    ce = [nats / math.log(2) for nats in cross_entropy_by_noise(method, data, n)]
     reseed(0)
     nothing = torch.zeros_like(val[:32])
     *_, (x, _) = method.sample(nothing, nothing > 0, EmbedSampler())
     share = torch.bincount(x.flatten()).double() / x.numel()
-    return dict(nothing=-unigram[data.val.long()].log2().mean().item(), norm=table.norm(dim=1).mean().item(),
-                ce=[nats[((own * 5).ceil() == i) & (own < 1)].mean().item() / math.log(2) for i in range(1, 6)],
+    return dict(nothing=-unigram[data.val.long()].log2().mean().item(), norm=table.norm(dim=1).mean().item(), ce=ce,
                 near=torch.cdist(table, table).fill_diagonal_(math.inf).amin(1).mean().item(),
                 entropy=-(share[share > 0] * share[share > 0].log2()).sum().item(), order=tells(x), order_of_text=tells(val[:32]), x=x)
 
@@ -236,7 +242,8 @@ def prepare(method, alphabet, s, T):
     if s.mode == "guided":
         twin, c, meta = load(s.twin or HERE / "results/judge.pt", build_twin, ("ar",))
         if meta["alphabet"] != alphabet.chars or c.block_size < T:
-            raise SystemExit("the twin reads other characters, or shorter windows, than this model writes")
+            raise SystemExit(f"the twin {s.twin or 'results/judge.pt'} reads other characters, or shorter windows, than this model writes: train one "
+                             "with python train.py --objective=ar and name it, --twin=FOLDER")
         method.twin = twin.logits
 
 

@@ -121,7 +121,7 @@ def likelihood_tables(checkpoints, s):
 
     def axis(k):
         return corpus(k, s).name, k.meta["alphabet"], k.c.block_size, k.meta["data"]["sha256"], k.method.unit
-    tables, noises = [], {}
+    tables, noises, ces = [], {}, []
     for here in dict.fromkeys(map(axis, checkpoints)):
         unit = {"char": "characters", "byte": "bytes; nats and bits are per byte"}[here[-1]]
         tables.append(Table(f"{here[0]}, held out: windows of {here[2]}, {len(here[1])} different {unit}", LIKELIHOOD))
@@ -140,9 +140,11 @@ def likelihood_tables(checkpoints, s):
                            "exact" if exact else e["mc"], (e["bound"] / bits, math.hypot(e["stderr"], e["mc"]) / bits),
                            minus, None if exact else e["masked_ce"], ltr, gap)
             if not exact:
-                noises.setdefault(k.method.noise, []).append((k.path, *e["buckets"]))
-    for noise, rows in noises.items():
-        tables.append(Table(f"nats by {noise}", FIFTHS))
+                noises.setdefault(f"nats by {k.method.noise}", []).append((k.path, *e["buckets"]))
+            if k.name in CODES:
+                ces.append((k.path, *embed_diffusion.cross_entropy_by_noise(k.method, data, 256)))
+    for title, rows in (*noises.items(), *[("cross-entropy of the predicted characters by noise, nats", ces)] * bool(ces)):
+        tables.append(Table(title, FIFTHS))
         for row in rows:
             tables[-1].add(*row)
     return tables
@@ -236,7 +238,7 @@ def sample_tables(checkpoints, s, judge):
         about += f"\n\nsampler: {', '.join(f'{k}={getattr(how, k)}' for k in names if hasattr(how, k))}"
     print(about)
     for data in dict.fromkeys(corpus(k, s) for k in checkpoints):
-        table, first = Table(f"samples, {data.name}, windows of {data.T}", SAMPLES), []
+        table, first = Table(f"samples, {data.name}, windows of {data.T}; the judge is {judge.path}", SAMPLES), []
         for title, x, *more in texts(data, [k for k in checkpoints if corpus(k, s) is data], s, judge):
             table.add(*sample_row(title, x, data, *more))
             first.append((title, data.alphabet.decode(x[0].tolist()).replace("\n", "/")))
@@ -301,9 +303,9 @@ def digit_tables(checkpoints, s):
 # ---- all of it
 
 def everything():
-    """Paths of all checkpoints under out/ and results/."""
-    found = [*sorted(HERE.glob("out/**/best.pt")), *sorted(HERE.glob("results/*.pt"))]
-    return [os.path.relpath(p) for p in found if not p.name.startswith("readers-")]
+    """Paths of all checkpoints under out/ and results/; of a run that has not come to its first report the one that is not there yet."""
+    runs = sorted({p.parent / "best.pt" for name in ("best.pt", "ckpt.pt") for p in HERE.glob(f"out/**/{name}")})
+    return [os.path.relpath(p) for p in (*runs, *sorted(HERE.glob("results/*.pt"))) if not p.name.startswith("readers-")]
 
 
 def usable(paths, s):
@@ -331,17 +333,19 @@ def usable(paths, s):
     return found
 
 
+QUICK = "--block_size=64 --n_layer=2 --n_head=2 --n_embd=64 --max_iters=600 --eval_interval=200 --compile=False".split()
+
+
 def quick(s):
-    """Train tiny versions of all four and the twin in out/quick, where they are not yet, on data that need no network. -> s for them; SystemExit:
-    stopped, by Ctrl-C"""
-    tiny = ("--block_size=64 --n_layer=2 --n_head=2 --n_embd=64 --max_iters=600 --eval_interval=200 --compile=False").split()
+    """Train tiny versions of all four and the twin in out/quick, where they are not yet, on data that need no network, or go on with them. -> s
+    for them; SystemExit: stopped, by Ctrl-C"""
     tasks = {"ar": (train.main, "--objective=ar"), "masked": (train.main, "--objective=masked"), "bits": (analog_bits.main, "--seed=1337"),
              "embed": (embed_diffusion.main, "--seed=1337"), "mnist": (mnist_ddpm.main, "--dataset=digits")}
     for name, (main, more) in tasks.items():
         out = HERE / "out/quick" / name
         finished = lambda path=out / "best.pt": path.exists() and "bound" in train.read(path, tuple(BUILD))
         if not finished():
-            main(["--dataset=pydoc", *tiny, more, f"--out={out}"])
+            main(["--resume", f"--out={out}"] if (out / "ckpt.pt").exists() else ["--dataset=pydoc", *QUICK, more, f"--out={out}"])
         if not finished():
             raise SystemExit(130)
     out = ",".join(os.path.relpath(HERE / "out/quick" / name) for name in tasks)

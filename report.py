@@ -13,6 +13,7 @@ from train import reseed
 
 LOOKS = 65   # of a text as it is written, the first with nothing there
 MARK = "/*DATA*/null"
+LEVELS = "nats by share masked", "cross-entropy of the predicted characters by noise, nats"   # tables of the chart; what is masked is predicted
 
 
 class Table:
@@ -77,7 +78,7 @@ def gather(stamp, tables, runs, replay):
     plain = lambda x: [plain(y) for y in x] if isinstance(x, tuple | list) else None if isinstance(x, float) and not math.isfinite(x) else x
     curves = [{"name": name, **found} for name, path in runs if (found := curve(Path(path)))]
     return {"stamp": stamp, "curves": plain_curves(curves), "replay": replay,
-            "levels": [{"name": row[0], "nats": plain(row[1:])} for t in tables if t.title.startswith("nats by") for row in t.rows],
+            "levels": [{"name": row[0], "nats": plain(row[1:])} for t in tables if t.title in LEVELS for row in t.rows],
             "tables": [{"title": t.title, "head": list(t.columns), "rows": [t.shown(row) for row in t.rows], "values": plain(t.rows)}
                        for t in tables]}
 

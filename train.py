@@ -125,9 +125,15 @@ def read(path, methods=("masked", "ar")):
             raise SystemExit(f"{path} was made by another version: it has the setting {min(extra)!r}")
         if lost := {f.name for f in fields(METHODS[name][0])} - config.keys() - {"out", "resume", "train_size"}:
             raise SystemExit(f"{path} was made by another version: it lacks the setting {min(lost)!r}")
+        if not all(p.isfinite().all() for p in state["ema"].values()):
+            raise SystemExit(f"{path} has weights that are no numbers: its run diverged")
+        if [*map(type, (state["step"], state["alphabet"], state["data"]["name"], state["data"]["sha256"]))] != [int, str, str, str]:
+            raise TypeError
         return {**{k: state[k] for k in ("alphabet", "data", "step", "ema")}, **state, "config": METHODS[name][0](**config)}
     except FileNotFoundError:
-        raise SystemExit(f"no checkpoint at {path}: train first, or pass --out=FOLDER") from None
+        unfinished = (Path(path).parent / "ckpt.pt").exists()
+        raise SystemExit(f"no checkpoint at {path}: " + ("its run has not yet come to its first report, --resume goes on with it" if unfinished else
+                                                         "train first, or pass --out=FOLDER")) from None
     except Exception as e:   # whatever torch.load makes of a file that is cut or foreign
         raise SystemExit(f"{path} is damaged, or no checkpoint of this project ({type(e).__name__})") from None
 

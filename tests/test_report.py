@@ -1,4 +1,5 @@
 """The page: what was measured gets there, and a browser shows it. Without Chromium only the first is tested (CI has it)."""
+import html
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import torch
 from conftest import run
 
 import evaluate
+import train
 from data import Alphabet
 from report import Table, curve, gather, page, spaced, writing
 
@@ -58,38 +60,64 @@ def test_curves_are_read_and_what_is_cut_is_left_out(tmp_path):
     assert data["curves"] == [{"name": "m", "steps": [100], "minutes": [1], "bits": [4.5]}]
 
 
+def unfinished(folder):
+    """A run of bits that was stopped before its first report, half way to step 12."""
+    evaluate.analog_bits.main([*TINY[:-3], "--max_iters=6", "--warmup_iters=1", f"--out={folder}"])
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    torch.save({**state, "config": state["config"] | {"max_iters": 12}}, folder / "ckpt.pt")
+    (folder / "best.pt").unlink()
+
+
 def made(tmp_path, monkeypatch, capsys):
-    """The page of a masked model, its twin, bits, digits and the masked model again; and one checkpoint that is damaged."""
-    text = evaluate.train.main
-    for main, name, more in ((text, "masked", []), (text, "ar", ["--objective=ar"]), (evaluate.analog_bits.main, "bits", []),
-                             (evaluate.mnist_ddpm.main, "mnist", ["--dataset=digits", "--train_size=100"])):
-        main([*TINY, *more, "--max_iters=10", "--warmup_iters=1", f"--out={tmp_path}/{name}"])
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut/best.pt").write_bytes((tmp_path / "masked/best.pt").read_bytes()[:5000])
+    """The page of what --quick trains and the masked model again, beside a damaged checkpoint, one whose weights are no numbers, one of foreign
+    data and an unfinished run."""
     monkeypatch.setattr(evaluate, "HERE", tmp_path)
-    out = ",".join(f"{tmp_path}/{name}" for name in ("masked", "cut", "ar", "bits", "mnist", "masked"))
-    evaluate.main([f"--out={out}", "--n=4", "--frontier", "--exact=0", "--digits=0", "--gaussian_steps=6", "--steps=8", f"--judge={tmp_path}/ar",
-                   "--report", f"--json={tmp_path}/sub/table.json"])
+    monkeypatch.setattr(evaluate, "QUICK", [*TINY[1:-3], "--max_iters=10", "--warmup_iters=1", "--compile=False"])
+    quick = tmp_path / "out/quick"
+    unfinished(quick / "bits")
+    evaluate.main(["--quick", "--n=0", "--bound=False"])
+    assert sorted(p.name for p in quick.iterdir()) == ["ar", "bits", "embed", "masked", "mnist"] and (tmp_path / "out/report.html").exists()
+    assert train.read(quick / "bits/best.pt", ("bits",))["step"] == 12                # --quick went on with it
+    times = [p.stat().st_mtime_ns for p in sorted(quick.rglob("best.pt"))]
+    evaluate.main(["--quick", "--n=0", "--bound=False"])
+    assert times == [p.stat().st_mtime_ns for p in sorted(quick.rglob("best.pt"))]    # what is there is not trained again
+    state = torch.load(quick / "masked/best.pt", weights_only=True)
+    for name in ("cut", "nan", "foreign"):
+        (tmp_path / "out" / name).mkdir()
+    (tmp_path / "out/cut/best.pt").write_bytes((quick / "masked/best.pt").read_bytes()[:5000])
+    torch.save({**state, "data": {"name": "x"}}, tmp_path / "out/foreign/best.pt")
+    torch.save({**state, "ema": {k: p * math.nan for k, p in state["ema"].items()}}, tmp_path / "out/nan/best.pt")
+    unfinished(tmp_path / "out/unfinished")
+    capsys.readouterr()
+    found = evaluate.everything()
+    assert len(found) == 9
+    evaluate.main([f"--out={','.join(found)},{quick}/masked", "--n=4", "--draws=1", "--frontier", "--exact=0", "--digits=0", "--gaussian_steps=6", "--steps=8",
+                   f"--judge={quick}/ar", "--report", f"--json={tmp_path}/sub/table.json"])
     return capsys.readouterr()
 
 
 def test_the_page_from_checkpoints_to_the_browser(tmp_path, monkeypatch, capsys):
     told = made(tmp_path, monkeypatch, capsys)
-    assert "cut/best.pt is damaged" in told.err and told.err.count("damaged") == 1
+    for line in ("cut/best.pt is damaged", "foreign/best.pt is damaged", "nan/best.pt has weights that are no numbers",
+                 "no checkpoint at " + os.path.relpath(tmp_path / "out/unfinished/best.pt") + ": its run has not yet come to its first report"):
+        assert told.err.count(line) == 1, told.err
+    assert told.err.count("damaged") == 2 and told.err.count("best.pt") == 4
     data = json.loads((tmp_path / "sub/table.json").read_text())
     titles = [t["title"] for t in data["tables"]]
     assert sum("pydoc, held out" in t for t in titles) == 1 and any("digits, held out" in t for t in titles) and any("samples" in t for t in titles)
     bounds = next(t for t in data["tables"] if "pydoc, held out" in t["title"])
-    assert [r[1] for r in bounds["values"]] == ["masked", "ar", "bits", "masked"] and bounds["values"][0][4] == pytest.approx(math.log(97), abs=1)
-    first, again, minus = bounds["values"][0], bounds["values"][3], bounds["head"].index("minus the first")
-    assert first[:minus] + first[minus + 1:] == again[:minus] + again[minus + 1:] and again[minus] == [0, 0]     # the same twice is the same digits
-    assert data["replay"][0] == data["replay"][4]
+    assert [r[1] for r in bounds["values"]] == ["ar", "bits", "embed", "masked", "masked"]
+    assert bounds["values"][0][4] == pytest.approx(math.log(97), abs=1.5)
+    one, two, minus = *bounds["values"][3:], bounds["head"].index("minus the first")
+    assert one[1:] == two[1:] and abs(one[minus][0]) > 0 and bounds["values"][0][minus] is None        # the same twice is the same digits
+    assert data["replay"][3]["frames"] == data["replay"][5]["frames"]
     samples = next(t for t in data["tables"] if "samples" in t["title"])["values"]
     first = next(t for t in data["tables"] if "the first of each" in t["title"])["rows"]
     assert [r[0] for r in first] == [r[0] for r in samples] and all(len(r[1]) > 20 for r in first)
-    assert len(samples) == 2 + 4 * 5 and sum("temperature" in r[0] for r in samples) == 13 and sum(", td" in r[0] for r in samples) == 4
-    assert samples[2][:-1] == samples[17][:-1] and samples[3][2:-1] != samples[6][2:-1]                  # but for the speed
-    assert len(data["replay"]) == len(data["curves"]) == 5 and len(data["levels"]) == 4
+    assert len(samples) == 2 + 5 * 5 and sum("temperature" in r[0] for r in samples) == 13 and sum(", td" in r[0] for r in samples) == 8
+    assert samples[17][1:-1] == samples[22][1:-1] and samples[18][2:-1] != samples[21][2:-1]             # but for the speed
+    assert len(data["replay"]) == len(data["curves"]) == 6 and len(data["levels"]) == 4
+    assert all(0 < nats < 6 for level in data["levels"] for nats in level["nats"])
     for r in data["replay"]:
         looks = r.get("frames") or r["images"]
         assert len(looks) == r["calls"] + 1 <= 65
@@ -98,10 +126,33 @@ def test_the_page_from_checkpoints_to_the_browser(tmp_path, monkeypatch, capsys)
     (early, console), (late, _), (start, _) = (browser(path + hash, "--dump-dom") for hash in ("#step=10", "#step=60", ""))
     assert not console, console
     panes = [re.search(r'id="panes">(.*?)</section>', dom, re.S)[1] for dom in (early, late, start)]
-    assert len(set(panes)) == 3 and all(p.count("<h3>") == 5 for p in panes) and "10 / 64" in early and "0 / 64" in start
+    assert len(set(panes)) == 3 and all(p.count("<h3>") == 6 for p in panes) and "10 / 64" in early and "0 / 64" in start
     assert early.count("<circle") >= 15 and early.count("<tr>") >= 10 and "<section id=\"learning\">" in early
     browser(path + "#step=60", "--window-size=400,3000", f"--screenshot={tmp_path}/shot.png")
-    assert colours(tmp_path / "shot.png") > 50
+    assert colours(tmp_path / "shot.png") > 5000                                      # a page whose script is dead has 900
+    assert played(tmp_path / "out/report.html") == ["Play 0", "Play 1", "Play 0", "Pause 0", "Play 12", "Play 30", "Over steps", "a dot"]
+
+
+def played(path):
+    """What the page says after each: as it opens, an arrow key, the other, space, space after 12 ticks of its clock, the slider, the button of
+    the curves, the keyboard's focus on a dot of theirs."""
+    script = """<script>
+        const said = [], tell = () => said.push($("play").textContent + " " + $("step").value), tick = [];
+        setInterval = f => tick.push(f); clearInterval = () => tick.splice(0);
+        const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+        tell(); press("ArrowRight"); tell(); press("ArrowLeft"); tell(); press(" "); tell();
+        for (let i = 0; i < 12; i++) tick[0]();
+        press(" "); tell(); $("step").value = 30; $("step").dispatchEvent(new Event("input")); tell();
+        $("axis").click(); said.push($("axis").textContent);
+        const dot = document.querySelector("#curves .dot"); dot.dispatchEvent(new Event("focus"));
+        said.push(!$("hover").hidden && / bits at step /.test($("hover").textContent) && "a dot");
+        document.body.dataset.said = JSON.stringify(said);
+        </script></html>"""
+    page = path.with_name("played.html")
+    page.write_text(path.read_text(encoding="utf-8").replace("</html>", script), encoding="utf-8")
+    dom, console = browser(f"file://{page}", "--dump-dom")
+    assert not console, console
+    return json.loads(html.unescape(re.search(r'data-said="(.*?)"', dom)[1]))
 
 
 def colours(path):

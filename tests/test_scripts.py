@@ -143,17 +143,18 @@ def test_evaluate_prints_every_table(trained, tmp_path):
     assert out.count("sampler: ") == 2
     assert out.startswith("`python evaluate.py --out=") and " at commit " in out and "PyTorch" in out
     tables = [(title, [line.split(" | ") for line in table.splitlines()[2:]]) for title, table in re.findall(r"\n(.+)\n\n((?:\|.*\n)+)", out)]
-    (axis, bounds), (other, per_byte), (masks, buckets), (times, _), *sampled = tables
+    (axis, bounds), (other, per_byte), (masks, buckets), (times, _), (guesses, guess), *sampled = tables
     written, firsts = sampled[::2], [rows for _, rows in sampled[1::2]]
     assert axis.startswith("pydoc, held out: windows of 32, ") and "per byte" in other and (masks, times) == ("nats by share masked", "nats by time")
     assert [r[1] for r in bounds] == ["masked", "masked", "ar"] and [r[1] for r in per_byte] == ["bits"] and bounds[0][4:7] == bounds[1][4:7]
     assert bounds[1][8] == "0.0000 ± 0.0000" and bounds[2][6] == "exact" and "±" in bounds[2][8] and "±" in bounds[0][10]
+    assert guesses.startswith("cross-entropy") and len(guess) == 1 and float(guess[0][1]) < float(guess[0][-1].strip(" |")) < 6
     assert len(buckets) == 2 and all(float(b) > 0 for b in re.findall(r"[\d.]+", buckets[0][-1]))
-    assert [title for title, _ in written] == ["samples, pydoc, windows of 32"] * 3                      # one for each text that was trained on
+    assert [title for title, _ in written] == [f"samples, pydoc, windows of 32; the judge is {tmp_path}/ar"] * 3   # one for each training text
     assert all(r[1] == "3" and len(r) == 12 for _, rows in written for r in rows)
     (real, own, first, _), (less, _, twin), (_, bits) = (rows for _, rows in written)
     assert "held out, beside 2,000 characters" in less[0] and "held out" in real[0] and "the judge's own" in own[0]
-    assert [len(rows) for rows in firsts] == [4, 2, 2] and all(len(rows[0][1]) > 30 for rows in firsts)
+    assert [len(rows) for rows in firsts] == [4, 3, 2] and all(len(rows[0][1]) > 30 for rows in firsts)
     assert "held out" in firsts[0][0][0] and firsts[0][2][1] == firsts[0][3][1] != firsts[0][1][1]       # the same checkpoint writes the same
     assert first[10] == "8.0" and twin[10] == own[10] == "32.0" and bits[10] == "8.0"
 
