@@ -7,6 +7,7 @@ import html
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -85,25 +86,31 @@ def markdown(rows):
 
 
 def picture(rows):
-    """The rungs as an SVG: a bar as long as the bound in bits/char, up to 8, and what the model writes."""
+    """The rungs as an SVG: a bar as long as the bound in bits/char, up to 8; the cross-entropy of the predicted text in fifths of the noise, beside
+    the know-nothing line; what samples and the table are like; a sample in three lines."""
     rows = [r for r in rows if r["rung"] in [*LADDER, "orderless"] and r["rounding"] == ("cosine" if r["rung"] in list(LADDER)[:4] else "learned")]
-    left, unit, line, end = 92, 34, 38, 8
-    height, at = 44 + line * len(rows), lambda bits: left + unit * min(bits, end)
+    left, unit, line, end, tall = 92, 22, 64, 8, 7
+    fifths, kit_at, text_at, height, at = 332, 412, 540, 40 + line * len(rows), lambda bits: left + unit * min(bits, end)
     say = lambda x, y, words, fill="#c9d1d9", size=12, **k: (f'<text x="{x:.0f}" y="{y:.0f}" fill="{fill}" font-size="{size}"'
                                                           + "".join(f' {n}="{v}"' for n, v in k.items()) + f">{html.escape(words)}</text>")
-    parts = [say(at(NOTHING) - 12, 20, "letter frequencies", "#8b949e", 11),
-             say(at(MASKED) + 12, 20, "masked", "#8b949e", 11, **{"text-anchor": "end"}), say(at(end) + 70, 20, "what it writes", "#8b949e", 11),
-             say(16, 20, "bits/char", "#8b949e", 11)]
+    rect = lambda x, y, w, h, fill: f'<rect x="{x:.0f}" y="{y:.1f}" width="{w:.0f}" height="{h:.1f}" rx="2" fill="{fill}"/>'
+    dashed = lambda x1, y1, x2, y2: f'<line x1="{x1:.0f}" y1="{y1:.1f}" x2="{x2:.0f}" y2="{y2:.1f}" stroke="#8b949e" stroke-dasharray="3 3"/>'
+    parts = [say(x, 18, words, "#8b949e", 11, **k) for x, words, k in (
+        (16, "bits/char", {}), (at(MASKED) + 6, "masked", {"text-anchor": "end"}), (at(NOTHING) - 6, "letter frequencies", {}),
+        (fifths, "by noise", {}), (kit_at, "samples, table", {}), (text_at, "what it writes", {}))]
     for i, r in enumerate(rows):
-        y, bits = 36 + line * i, float(r["bound"]) / math.log(2)
-        parts += [f'<rect x="{left}" y="{y}" width="{at(bits) - left:.0f}" height="20" rx="3" fill="#1f6feb"/>',
-                  say(left - 8, y + 14, r["rung"], **{"text-anchor": "end"}),
-                  say(at(bits) + 6, y + 14, f"{bits:,.2f}" if bits < end else f"{bits:,.1f}"),
-                  say(at(end) + 70, y + 14, r["sample"][:56], size=11, **{"xml:space": "preserve"}),
-                  say(at(end) + 70, y + 28, SAID[r["rung"]], "#8b949e", 10)]
-    parts += [f'<line x1="{at(bits):.0f}" x2="{at(bits):.0f}" y1="26" y2="{height - 8}" stroke="#8b949e" stroke-dasharray="3 3"/>'
-              for bits in (MASKED, NOTHING)]
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {height}" width="900" height="{height}" '
+        y, bits = 32 + line * i, float(r["bound"]) / math.log(2)
+        ces = [float(r[f"ce{j}"]) for j in range(5)]
+        parts += [rect(left, y, at(bits) - left, 22, "#1f6feb"), say(left - 8, y + 15, r["rung"], **{"text-anchor": "end"}),
+                  say(at(bits) + 6, y + 15, f"{bits:,.2f}" if bits < end else f"{bits:,.1f}"),
+                  *(rect(fifths + 12 * j, y + 44 - tall * ce, 10, tall * ce, "#3fb950") for j, ce in enumerate(ces)),
+                  dashed(fifths - 3, y + 44 - tall * NOTHING, fifths + 61, y + 44 - tall * NOTHING),
+                  *(say(kit_at, y + 11 + 13 * j, words.format(**{k: float(r[k]) for k in ("words", "entropy", "norm", "near")}), size=11)
+                    for j, words in enumerate(("words {words:.0%} known", "entropy {entropy:.2f}", "rows {norm:.2f}, {near:.2f}"))),
+                  *(say(text_at, y + 11 + 13 * j, r["sample"][43 * j:43 * j + 43], size=11, **{"xml:space": "preserve"}) for j in range(3)),
+                  *(say(16, y + 37 + 12 * j, words, "#8b949e", 10) for j, words in enumerate(textwrap.wrap(SAID[r["rung"]], 48))),
+                  *(dashed(at(level), y - 6, at(level), y + 26) for level in (MASKED, NOTHING))]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 {height}" width="840" height="{height}" '
             'font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"><title>From a baseline that fails to one that writes</title>\n'
             '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
