@@ -199,7 +199,7 @@ class Embed(Config):   # embed_diffusion.py: Gaussian diffusion over embeddings 
 @dataclass(frozen=True)
 class Sampler:   # how a trained model writes; shared by generate.py and evaluate.py
     steps: int = 256               # network calls per block, at most
-    order: Literal["random", "confidence", "margin", "entropy"] = "entropy"            # which masked character next
+    order: Literal["random", "confidence", "margin", "entropy"] = "margin"             # which masked character next
     counts: Literal["even", "documents", "cosine", "entropy"] = "even"                 # how many in one call
     apart: int = 4                 # characters revealed in one call are farther apart than this, while there are such
     gamma: float = 0.1             # counts=entropy: reveal while sum of entropies - the largest <= gamma (nats)

@@ -30,7 +30,7 @@ MASKED = {
     "temperature, apart": [PLAIN | dict(order="margin", steps=43, apart=4, temperature=t) for t in (.7, .8, .9, 1.1)],
     "head to head": [PLAIN | dict(steps=128), *(PLAIN | dict(steps=k, apart=4) for k in (8, 16, 43)),
                      *(PLAIN | dict(order="margin", steps=43, apart=4, temperature=t) for t in (1.0, 1.05))],
-    "remasking": [dict(), dict(temperature=1.0), dict(temperature=1.1), dict(order="margin"), PLAIN | dict(remask=.01),
+    "remasking": [dict(), dict(temperature=1.0), dict(temperature=1.1), dict(order="entropy"), PLAIN | dict(remask=.01),
                   PLAIN | dict(remask=.01, remask_by="random")],
 }
 CODES = {   # bits and embeddings
