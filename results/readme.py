@@ -78,13 +78,14 @@ def samples():
 
 def calls():
     even, apart, best = "even counts: order=", "even counts, apart: order=", "head to head: order="
-    return picked(("calls", *JUDGED), ("real, held out", "headtohead", "shakespeare, held out"),
+    return picked(("calls", *JUDGED), ("real, held out", "headtohead", "held out"),
                   ("random: exact", "headtohead", f"{best}random, temperature=1.0, steps=128"),
+                  ("entropy (n = 100)", "samplers", f"{even}entropy, temperature=1.0, steps=128"),
                   ("margin (n = 100)", "samplers", f"{even}margin, temperature=1.0, steps=128"),
-                  ("margin, apart 4 (n = 100)", "samplers", f"{apart}margin, temperature=1.0, steps=64, apart=4"),
+                  ("margin, apart 4 (n = 100)", "samplers", f"{apart}margin, temperature=1.0, apart=4, steps=64"),
                   ("margin, apart 4", "headtohead", f"{best}margin, temperature=1.0, apart=4, steps=43"),
-                  ("random, apart 4", "headtohead", f"{best}random, temperature=1.0, apart=4, steps=16"),
-                  ("random, apart 4", "headtohead", f"{best}random, temperature=1.0, apart=4, steps=8"),
+                  ("margin, apart 4, temperature 1.05", "headtohead", f"{best}margin, temperature=1.05, apart=4, steps=43"),
+                  *(("random, apart 4", "headtohead", f"{best}random, temperature=1.0, apart=4, steps={n}") for n in (43, 16, 8)),
                   ("random, not apart (n = 100)", "samplers", f"{even}random, temperature=1.0, steps=16"),
                   ("most confident, not apart (n = 100)", "samplers", f"{even}confidence, temperature=1.0, steps=16"),
                   ("all at once (n = 100)", "samplers", "one network call: order=random, temperature=1.0, steps=1"))
