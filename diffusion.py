@@ -470,11 +470,10 @@ class CodeDiffusion(GaussianDiffusion):
 class Characters(CodeDiffusion):
     """Of characters, one to a position: logits over the alphabet, so that no code is invalid (softmax factorisation)."""
 
-    unit, tokens = "char", True   # the network predicts probabilities of tokens
-
-    def spelled(self, x0):
-        """The tokens (B, T, N) of characters x0 (B, T)."""
-        return x0[..., None]
+    unit, tokens = "char", True                           # the network predicts probabilities of tokens
+    spelled = staticmethod(lambda x0: x0[..., None])      # the tokens (B, T, N) of characters (B, T)
+    read = staticmethod(lambda tokens: tokens[..., 0])    # and back
+    mask = property(lambda self: len(self.rows))          # what `generate.write` puts where nothing is written yet
 
     def forward(self, x0):
         """Training loss of characters x0 (B, T), in nats per token."""
@@ -482,36 +481,13 @@ class Characters(CodeDiffusion):
 
     def bound(self, x0, u, seeds):
         """One draw of the bound for each row of x0 (B, T), as above: (nats per character (B,), u)."""
-        tokens = self.spelled(x0)
-        nats, u = super().bound(tokens, u, seeds)
+        nats, u = super().bound(tokens := self.spelled(x0), u, seeds)
         return nats * tokens.size(2), u
 
     def sample(self, x, known, s, later=None):
         """Write x (B, T) where it is not known (B, T), nor comes later; yields (characters, confidence) after each step."""
         for y, p in super().sample(self.spelled(x.masked_fill(~known, 0)), known, s, later):
             yield self.read(y), p.prod(-1)
-
-    def read(self, tokens):
-        """The characters (B, T) that tokens (B, T, N) spell."""
-        return tokens[..., 0]
-
-    @torch.no_grad()
-    def predicted(self, x0, generator):
-        """What the network makes of characters x0 (B, T) at noise levels all over the way -> xhat (B, T, N K), the probabilities of the tokens
-        (B, T, N, V) and the own times of the characters (B, T), noise by generator."""
-        u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
-        own, _ = self.turns(u.double()[:, None], lambda: torch.rand(x0.shape, generator=generator))
-        own = own.expand(x0.shape).to(x0.device)
-        gamma, x = self.ends[0] + own * (self.ends[1] - self.ends[0]), self.clean(self.spelled(x0))
-        (a, s), nothing = scales(gamma), x.new_zeros(*x0.shape, 0)
-        z = a * x + s * torch.randn(x.shape, generator=generator).to(x)
-        before = self.guess(z, gamma, nothing)[0] if self.selfcond else None
-        return *self.guess(z, gamma, nothing, before), own
-
-    @property
-    def mask(self):
-        """What `generate.write` puts where nothing is written yet."""
-        return len(self.rows)
 
 
 def clean_part(B, T, share, device):

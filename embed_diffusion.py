@@ -148,9 +148,16 @@ def cross_entropy(method, x0, unigram, generator):
 
     A network that predicts numbers has no probabilities: log p = log unigram - beta |xhat - C|^2 with the beta in each fifth of the way that serves
     it best, so that it cannot be worse than the know-nothing line because of the scale of its table."""
-    xhat, p, own = method.predicted(x0, generator)
+    u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
+    own, _ = method.turns(u.double()[:, None], lambda: torch.rand(x0.shape, generator=generator))
+    own, tokens = own.expand(x0.shape).to(x0.device), method.spelled(x0)
+    gamma, x = method.ends[0] + own * (method.ends[1] - method.ends[0]), method.clean(tokens)
+    (a, s), nothing = scales(gamma), x.new_zeros(*x0.shape, 0)
+    z = a * x + s * torch.randn(x.shape, generator=generator).to(x)
+    before = method.guess(z, gamma, nothing)[0] if method.selfcond else None
+    xhat, p = method.guess(z, gamma, nothing, before)
     if method.tokens:
-        return -p.gather(-1, method.spelled(x0)[..., None]).clamp(min=1e-30).log().sum((2, 3)), own
+        return -p.gather(-1, tokens[..., None]).clamp(min=1e-30).log().sum((2, 3)), own
     far = (xhat[:, :, None] - method.table).square().sum(-1)                          # (B, T, V)
     nats, unigram = far.new_zeros(x0.shape), unigram.to(far)
     for fifth in range(5):

@@ -131,9 +131,9 @@ def read(path, methods=("masked", "ar")):
             raise TypeError
         return {**{k: state[k] for k in ("alphabet", "data", "step", "ema")}, **state, "config": METHODS[name][0](**config)}
     except FileNotFoundError:
-        unfinished = (Path(path).parent / "ckpt.pt").exists()
-        raise SystemExit(f"no checkpoint at {path}: " + ("its run has not yet come to its first report, --resume goes on with it" if unfinished else
-                                                         "train first, or pass --out=FOLDER")) from None
+        begun = (Path(path).parent / "ckpt.pt").exists()
+        why = "its run has not yet come to its first report, --resume goes on with it" if begun else "train first, or pass --out=FOLDER"
+        raise SystemExit(f"no checkpoint at {path}: {why}") from None
     except Exception as e:   # whatever torch.load makes of a file that is cut or foreign
         raise SystemExit(f"{path} is damaged, or no checkpoint of this project ({type(e).__name__})") from None
 
@@ -376,8 +376,7 @@ def start(argv, c, name, read_data, build, show, begin=lambda method, data, c: N
     if data.warning and RANK == 0:
         print(data.warning)
     reseed(c.seed)
-    method = build(c, data.meta)
-    begin(method, data, c)
+    begin(method := build(c, data.meta), data, c)
     ema = fit(method, data, c, {"method": name, **data.meta}, lambda ema: show(ema, data, c))
     if ema and RANK == 0:
         print(f"done: python {METHODS[name][2]}{'' if out == HERE / 'out' / name and name != 'ar' else f' --out={out}'} writes with it")
