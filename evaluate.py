@@ -235,7 +235,7 @@ def sample_tables(checkpoints, s, judge):
     tables, about = [], ""
     for how in dict.fromkeys(sampler(k, s) for k in checkpoints):
         names = Sampler.__dataclass_fields__ if isinstance(how, Sampler) else ("steps", "sampler", "td", "twice", "rounding", "seed")
-        about += f"\n\nsampler: {', '.join(f'{k}={getattr(how, k)}' for k in names if hasattr(how, k))}"
+        about += f"\n\nsampler: {', '.join(f'{k}={getattr(how, k)}' for k in names if getattr(how, k, '') != '')}"
     print(about)
     for data in dict.fromkeys(corpus(k, s) for k in checkpoints):
         table, first = Table(f"samples, {data.name}, windows of {data.T}; the judge is {judge.path}", SAMPLES), []
