@@ -22,6 +22,7 @@ arm square-pooled --schedule=square --weight=pooled
 arm adamw-1e-3 --optimizer=adamw --learning_rate=1e-3
 arm adamw-3e-3 --optimizer=adamw --learning_rate=3e-3
 arm adamw-6e-3 --optimizer=adamw
+arm adamw-12e-3 --optimizer=adamw --learning_rate=1.2e-2
 arm batch-128 --batch_size=128 --max_iters=350 --eval_interval=175 --warmup_iters=25
 arm documents --schedule=cosine --weight=pooled --optimizer=adamw --learning_rate=3e-4 --time=True
 # commit aa28468 has arms that lost: --positions=learned --reach=0 --schedule=genmd4; --weight=flat; three seeds: --schedule=loss --schedule=tilted
