@@ -91,7 +91,7 @@ def made(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     found = evaluate.everything()
     assert len(found) == 9
-    evaluate.main([f"--out={','.join(found)},{quick}/masked", "--n=4", "--draws=1", "--frontier", "--exact=0", "--digits=0",
+    evaluate.main([f"--out={','.join(found)},{quick}/masked", "--n=4", "--frontier", "--exact=0", "--digits=0",
                    "--gaussian_steps=6", "--steps=8", f"--judge={quick}/ar", "--report", f"--json={tmp_path}/sub/table.json"])
     return capsys.readouterr()
 
