@@ -204,7 +204,7 @@ def sample_row(title, x, data, judge, infilled=None, calls=None, speed=None):
 
 def judge_of(s):
     """The judge: an autoregressive checkpoint, whose likelihood is exact."""
-    judge = open_checkpoint(s.judge or HERE / "results/judge.pt")
+    judge = open_checkpoint(s.judge or os.path.relpath(HERE / "results/judge.pt"))
     if judge.name != "ar":
         raise SystemExit(f"{judge.path} is a {judge.name} checkpoint, whose likelihood is a bound; a judge is trained with --objective=ar")
     return judge
