@@ -22,7 +22,8 @@ import model
 import train
 from config import AMP, DEVICE, GPU, Bits, CodeSampler, Config, Embed, EmbedSampler, Masked, Sample, autocast, parse, run
 from diffusion import draw, predicted
-from train import compile_net, optimizers, reseed, train_step
+from model import compile_net
+from train import optimizers, reseed, train_step
 
 BUILD = {Masked: train.build, Bits: analog_bits.build, Embed: embed_diffusion.build}
 VARIANTS = {   # name: (precision, what to change)

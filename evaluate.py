@@ -239,7 +239,7 @@ def sample_tables(checkpoints, s, judge):
     print(about)
     for data in dict.fromkeys(corpus(k, s) for k in checkpoints):
         table, first = Table(f"samples, {data.name}, windows of {data.T}; the judge is {judge.path}", SAMPLES), []
-        for title, x, *more in texts(data, [k for k in checkpoints if corpus(k, s) is data], s, judge):
+        for title, x, *more in sampled(data, [k for k in checkpoints if corpus(k, s) is data], s, judge):
             table.add(*sample_row(title, x, data, *more))
             first.append((title, data.alphabet.decode(x[0].tolist()).replace("\n", "/")))
         tables += [table, Table(f"the first of each, {data.name}, / for a new line", {"text": 0, "sample": 0})]
@@ -248,7 +248,7 @@ def sample_tables(checkpoints, s, judge):
     return tables
 
 
-def texts(data, checkpoints, s, judge):
+def sampled(data, checkpoints, s, judge):
     """The texts of a table of samples, as they are written: title, x (n, T), and what else sample_row takes."""
     for i, k in enumerate(checkpoints):
         _, blocks, fitting = sample_setup(k, s, judge)

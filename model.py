@@ -6,8 +6,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-from config import AMP, GPU, autocast
+from config import AMP, DEVICE, GPU, autocast
 
 
 def norm(x):
@@ -135,3 +136,17 @@ class Transformer(nn.Module):
             for block in self.blocks:
                 x = block(x, self.rope[:, seen - x.size(1):seen], mod, past)
             return self.head(norm(x)).float()
+
+
+def compile_net(method, data, c):
+    """Compile the network in place and warm it up; where that fails (no C++ compiler), one line and on without."""
+    torch.use_deterministic_algorithms(DEVICE == "cpu")    # else the compiled gradient of an embedding is summed in any order
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        method.net.compile(dynamic=False)
+        method(data.batch(c.batch_size)).backward()
+    except Exception as e:   # no C++ compiler, a broken one, a network it cannot read
+        method.net._compiled_call_impl = None
+        tqdm.write(f"going on without torch.compile, which failed here: {type(e).__name__}")
+    method.zero_grad(set_to_none=True)
+    return True

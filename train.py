@@ -24,7 +24,7 @@ from tqdm import tqdm
 from config import AMP, COLOR, DEVICE, GPU, HERE, Bits, Embed, Masked, Mnist, Sample, parse, run
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
-from model import Transformer
+from model import Transformer, compile_net
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
 FIRST = 100   # the first report comes at this step, before anything is compiled
@@ -197,20 +197,6 @@ def optimizers(method, c):
     return [adamw, torch.optim.Muon(muon.values(), weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")] if muon else [adamw]
 
 
-def compile_net(method, data, c):
-    """Compile the network in place and warm it up; where that fails (no C++ compiler), one line and on without."""
-    torch.use_deterministic_algorithms(DEVICE == "cpu")    # else the compiled gradient of an embedding is summed in any order
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        method.net.compile(dynamic=False)
-        method(data.batch(c.batch_size)).backward()
-    except Exception as e:   # no C++ compiler, a broken one, a network it cannot read
-        method.net._compiled_call_impl = None
-        tqdm.write(f"going on without torch.compile, which failed here: {type(e).__name__}")
-    method.zero_grad(set_to_none=True)
-    return True
-
-
 def share(method, loss, stop):
     """Add up gradients, loss and the wish to stop over the processes of torchrun, in one message. -> (loss, whether to stop)"""
     if WORLD == 1:
@@ -376,7 +362,8 @@ def start(argv, c, name, read_data, build, show, begin=lambda method, data, c: N
     if data.warning and RANK == 0:
         print(data.warning)
     reseed(c.seed)
-    begin(method := build(c, data.meta), data, c)
+    method = build(c, data.meta)
+    begin(method, data, c)
     ema = fit(method, data, c, {"method": name, **data.meta}, lambda ema: show(ema, data, c))
     if ema and RANK == 0:
         print(f"done: python {METHODS[name][2]}{'' if out == HERE / 'out' / name and name != 'ar' else f' --out={out}'} writes with it")

@@ -167,7 +167,8 @@ def test_control_from_the_command_line(tmp_path):
     r = run("embed_diffusion.py", "sample", out, "--mode=blocks", "--block=16", "--length=70", "--steps=3")
     assert "15 network calls" in r.stderr
     run("embed_diffusion.py", "sample", out, "--mode=guided", f"--twin={tmp_path}/ar", "--steps=3", "--steer=line:9")
-    for args, line in ((["--mode=guided"], "the twin .* reads other"), (["--steer=e"], "write no:e"), (["--steer=no:\u4e00"], "never seen"),
+    for args, line in ((["--mode=guided"], "^the twin results/judge.pt reads other characters"), (["--steer=e"], "write no:e"),
+                       (["--steer=no:\u4e00"], "never seen"),
                        (["--mode=guided", f"--twin={tmp_path}/none"], "no checkpoint"), (["--weight=2"], "at most 1"), (["--block=0"], "1 or more"),
                        (["--steer=no:e", "--rounding=clamp"], "takes it back"), (["--steer=at:99999999999999999999=a"], "write no:e"),
                        (["--steer=at:32=a"], "allows everything in a text of 32"),
