@@ -8,12 +8,12 @@ from conftest import run
 from torch import nn
 
 import analog_bits
-import evaluate
 import model
 import train
 from analog_bits import bits, build, table, unbits
 from config import Bits, CodeSampler
 from data import Alphabet
+from evaluation import evaluate
 from train import reseed
 
 TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60",

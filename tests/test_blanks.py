@@ -2,19 +2,16 @@
 import itertools
 import math
 import re
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import run
 
 import generate
 from config import Sample
 from data import Alphabet
+from experiments import blanks
 from generate import evidence, plan, settle
-
-sys.path.insert(0, str(ROOT / "results"))
-import blanks  # noqa: E402
 
 EIGHT = Alphabet("abcdefgh")
 

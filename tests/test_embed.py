@@ -187,5 +187,6 @@ def test_train_diagnose_sample_and_resume(tmp_path):
     assert "max_iters: 120 -> 130" in r.stdout
     r = run("embed_diffusion.py", *TINY, "--recipe=baseline", f"--out={tmp_path}/baseline", "--max_iters=20")
     assert "nats/char" in r.stdout and "table: norm 0.0" in r.stdout
-    r = run("evaluate.py", f"--out={tmp_path}/embed,{tmp_path}/baseline", "--n=4", "--gaussian_steps=2", "--judge=" + str(tmp_path / "none"), code=1)
+    r = run("-m", "evaluation", f"--out={tmp_path}/embed,{tmp_path}/baseline", "--n=4", "--gaussian_steps=2",
+            "--judge=" + str(tmp_path / "none"), code=1)
     assert "none" in r.stderr

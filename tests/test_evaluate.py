@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from torch import nn
 
 import analog_bits
@@ -16,8 +15,8 @@ import model
 import train
 from config import Bits, Embed, Masked, Sampler
 from diffusion import Autoregressive, MaskedDiffusion
-from evaluate import infilling, judged, left_to_right, likelihood, written
-from metrics import mean, overlap, text_metrics, vocabulary
+from evaluation.evaluate import infilling, judged, left_to_right, likelihood, written
+from evaluation.metrics import mean, overlap, text_metrics, vocabulary
 from train import build, evaluate, glance
 
 
@@ -207,7 +206,7 @@ def test_the_error_of_the_draws_is_that_of_repeated_evaluations(monkeypatch, kin
 
 def test_masked_ce_under_a_schedule():
     """CE(m) = m: int m^2 / int m is 2/3 where all shares are alike, and 3/4 under m = sin^2(pi t / 2)."""
-    clock = runpy.run_path(str(ROOT / "results/clock.py"))
+    clock = runpy.run_module("experiments.clock")
     m = SimpleNamespace(bound=lambda x, u, seeds: (u, u))
     found = [clock["masked_ce"](m, torch.zeros(300, 8), schedule) for schedule in (lambda t: t, lambda t: (math.pi / 2 * t).sin() ** 2)]
     assert found == [pytest.approx(2 / 3, abs=1e-3), pytest.approx(3 / 4, abs=1e-3)]

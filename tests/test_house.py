@@ -9,20 +9,16 @@ from pathlib import Path
 import pytest
 
 import config
+from experiments import readme
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "results"))
-import readme  # noqa: E402
 
 ARROWS = {"config": set(), "diffusion": set(), "model": {"config"}, "data": {"config"}, "train": {"config", "model", "diffusion", "data"},
-          "generate": {"config", "data", "train"}, "bench": {"config", "model", "diffusion", "train", "analog_bits", "embed_diffusion"},
-          "mnist_ddpm": {"config", "model", "diffusion", "data", "train"}, "metrics": {"config"},
+          "generate": {"config", "data", "train"},
+          "mnist_ddpm": {"config", "model", "diffusion", "data", "train"},
           "analog_bits": {"config", "model", "diffusion", "data", "train", "generate"},
-          "embed_diffusion": {"config", "model", "diffusion", "data", "train", "generate", "tables"}, "tables": set(),
-          "report": {"config", "train", "mnist_ddpm"}, "judge_digits": {"config", "data", "train", "mnist_ddpm", "metrics", "report"},
-          "evaluate": {"config", "data", "train", "analog_bits", "embed_diffusion", "mnist_ddpm", "metrics", "judge_digits", "report"}}
-SETTINGS = {"train.py": config.Masked, "generate.py": config.Sample, "evaluate.py": config.Evaluate, "bench.py": config.Masked,
-            "mnist_ddpm.py": config.Mnist, "mnist_ddpm.py sample": config.Picture,
+          "embed_diffusion": {"config", "model", "diffusion", "data", "train", "generate", "tables"},  "tables": set()}
+SETTINGS = {"train.py": config.Masked, "generate.py": config.Sample, "mnist_ddpm.py": config.Mnist, "mnist_ddpm.py sample": config.Picture,
             "analog_bits.py": config.Bits, "analog_bits.py sample": config.CodeSampler,
             "embed_diffusion.py": config.Embed, "embed_diffusion.py sample": config.EmbedSampler}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,10 +52,11 @@ def test_readme_names_exist():
     named = re.findall(r"`(\w+)\.py: (\w+(?:\.\w+)?)`", README)
     assert len(named) > 8
     for file, name in named:
-        source = (ROOT / f"{file}.py").read_text(encoding="utf-8")
+        path = next(p for p in (ROOT / f"{file}.py", ROOT / f"evaluation/{file}.py") if p.exists())
+        source = path.read_text(encoding="utf-8")
         for part in name.split("."):
             assert re.search(rf"(def|class) {part}\b|^{part}\b|\"{part}\"", source, re.M), f"README: {file}.py: {name}"
-    for path in re.findall(r"[(\s`]((?:results|tests|data)/[\w./-]+\w)", README):
+    for path in re.findall(r"[(\s`]((?:results|tests|data|docs|evaluation|experiments)/[\w./-]+\w)", README):
         assert (ROOT / path).exists() or path.startswith("data/"), f"README: {path}"
 
 
@@ -79,13 +76,13 @@ def test_files_stay_readable():
 
 
 def test_every_setting_says_what_it_is():
-    for k in [config.Config, config.Sampler, *SETTINGS.values()]:
+    for k in [config.Config, config.Sampler, config.Evaluate, *SETTINGS.values()]:
         assert inspect.getdoc(k) and inspect.getsource(k).count("#") > min(3, len(k.__annotations__))
 
 
 def test_readme_tables_are_what_results_say():
     text, differ = readme.rebuilt(README)
-    assert text == README and not differ, "python results/readme.py"
+    assert text == README and not differ, "python -m experiments.readme"
     assert set(re.findall(r"<!-- table: (\S+) -->", README)) == set(readme.TABLES)
     changed, differ = readme.rebuilt(README.replace("1.549", "1.449"))
     assert changed == README and differ == ["samples"]

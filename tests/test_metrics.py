@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-import metrics
 from data import digits
-from metrics import blurred, covered, digit_metrics, frechet, jackknife, nearest, noise_like, shifted, train_reader
+from evaluation import metrics
+from evaluation.metrics import blurred, covered, digit_metrics, frechet, jackknife, nearest, noise_like, shifted, train_reader
 
 
 def test_frechet_of_gaussians():

@@ -7,11 +7,10 @@ import torch
 from conftest import run
 
 import data
-import evaluate
-import judge_digits
-import metrics
 import mnist_ddpm
 from config import Mnist, Picture, parse
+from evaluation import digits as judge_digits
+from evaluation import evaluate, metrics
 from mnist_ddpm import build, draw, grey, grid, png
 
 TINY = ["--dataset=digits", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60", "--train_size=500"]

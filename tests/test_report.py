@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import run
 
-import evaluate
 import train
 from data import Alphabet
-from report import Table, curve, gather, page, spaced, writing
+from evaluation import evaluate
+from evaluation.report import Table, curve, gather, page, spaced, writing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60",
@@ -201,18 +201,18 @@ def test_weights_that_do_not_fit_are_told(tmp_path):
     state = torch.load(tmp_path / "a/best.pt", weights_only=True)
     state["ema"].popitem()
     torch.save(state, tmp_path / "a/best.pt")
-    assert "its weights do not fit" in run("evaluate.py", f"--out={tmp_path}/a", code=1).stderr
+    assert "its weights do not fit" in run("-m", "evaluation", f"--out={tmp_path}/a", code=1).stderr
 
 
 def test_nothing_usable_is_one_line_and_exit_1(tmp_path):
     (tmp_path / "best.pt").write_bytes(b"no")
-    r = run("evaluate.py", f"--out={tmp_path},{tmp_path}/none", code=1)
+    r = run("-m", "evaluation", f"--out={tmp_path},{tmp_path}/none", code=1)
     assert len(r.stderr.strip().splitlines()) == 2 and "damaged" in r.stderr and "no checkpoint" in r.stderr
 
 
 def test_what_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
     (tmp_path / "file").write_text("kept")
-    r = run("evaluate.py", f"--out={tmp_path}/none", f"--json={tmp_path}/file/table.json", code=1)
+    r = run("-m", "evaluation", f"--out={tmp_path}/none", f"--json={tmp_path}/file/table.json", code=1)
     assert len(r.stderr.strip().splitlines()) == 1 and "Error" in r.stderr and "no checkpoint" not in r.stderr
     assert (tmp_path / "file").read_text() == "kept"
 
@@ -220,5 +220,5 @@ def test_what_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
 def test_a_judge_of_shorter_windows_judges_in_pieces_and_writes_nothing_itself(tmp_path):
     run("train.py", *TINY, "--max_iters=10", f"--out={tmp_path}/masked")
     run("train.py", *TINY, "--max_iters=10", "--objective=ar", "--block_size=12", f"--out={tmp_path}/ar")
-    out = run("evaluate.py", f"--out={tmp_path}/masked", f"--judge={tmp_path}/ar", "--bound=False", "--exact=0", "--n=2", "--steps=2").stdout
+    out = run("-m", "evaluation", f"--out={tmp_path}/masked", f"--judge={tmp_path}/ar", "--bound=False", "--exact=0", "--n=2", "--steps=2").stdout
     assert "judge's own" not in out and out.count("±") >= 6

@@ -138,10 +138,10 @@ def test_evaluate_prints_every_table(trained, tmp_path):
     of bytes read the same text, with a sampler of their own."""
     run("train.py", *TINY, "--objective=ar", "--train_size=2000", f"--out={tmp_path}/ar")
     run("analog_bits.py", *TINY, "--code=bytes", f"--out={tmp_path}/bits")
-    out = run("evaluate.py", f"--out={trained},{trained / 'best.pt'},{tmp_path}/ar,{tmp_path}/bits", "--n=3", "--exact=2", "--steps=8",
+    out = run("-m", "evaluation", f"--out={trained},{trained / 'best.pt'},{tmp_path}/ar,{tmp_path}/bits", "--n=3", "--exact=2", "--steps=8",
               "--gaussian_steps=4", "--twice", f"--judge={tmp_path}/ar").stdout
     assert out.count("sampler: ") == 2
-    assert out.startswith("`python evaluate.py --out=") and " at commit " in out and "PyTorch" in out
+    assert out.startswith("`python -m evaluation --out=") and " at commit " in out and "PyTorch" in out
     tables = [(title, [line.split(" | ") for line in table.splitlines()[2:]]) for title, table in re.findall(r"\n(.+)\n\n((?:\|.*\n)+)", out)]
     (axis, bounds), (other, per_byte), (masks, buckets), (times, _), (guesses, guess), *sampled = tables
     written, firsts = sampled[::2], [rows for _, rows in sampled[1::2]]
@@ -170,6 +170,6 @@ def test_generate_writes_at_once_from_the_checkpoint_in_the_repository(tmp_path)
 
 
 def test_bench_prints_markdown_rows():
-    out = run("bench.py", "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2", "--compile=False").stdout
+    out = run("-m", "evaluation.bench", "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2", "--compile=False").stdout
     rows = [line for line in out.splitlines() if line.startswith("|")]
     assert len(rows) == 20 and len({r.count("|") for r in rows[:4]}) == 1 and all(" ± " in r for r in rows[1:] if "---" not in r and "calls" not in r)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run
+from conftest import run
 
 import embed_diffusion
 import train
@@ -19,7 +19,7 @@ from train import reseed
 
 TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=20", "--eval_interval=20",
         "--train_size=20000", "--dim=8"]
-export = runpy.run_path(str(ROOT / "results/export_table.py"))["main"]
+export = runpy.run_module("experiments.export_table")["main"]
 BYTE_LEVEL = {"decoder": {"type": "ByteLevel"}}
 
 
@@ -281,7 +281,7 @@ def test_what_is_exported_is_imported(to, reader, objective, tmp_path, capsys):
     assert "".join(found) == alphabet and np.array_equal(np.float32([*found.values()]), rows.numpy())
 
 
-@pytest.mark.parametrize("args, says", [("", "export_table.py CHECKPOINT"), ("run t.pt", "export_table.py CHECKPOINT"),
+@pytest.mark.parametrize("args, says", [("", "experiments.export_table CHECKPOINT"), ("run t.pt", "experiments.export_table CHECKPOINT"),
                                         ("none t.txt", "no checkpoint at"), ("run t.safetensors", "is that of another table")])
 def test_export_says_what_is_wrong(args, says, tmp_path):
     checkpoint(tmp_path / "run", "xy")
@@ -293,7 +293,7 @@ def test_export_says_what_is_wrong(args, says, tmp_path):
 
 def test_export_from_the_shell(tmp_path):
     checkpoint(tmp_path / "run", "xy")
-    assert "2 characters" in run("results/export_table.py", tmp_path / "run", tmp_path / "t.txt").stdout
+    assert "2 characters" in run("-m", "experiments.export_table", tmp_path / "run", tmp_path / "t.txt").stdout
     assert (tmp_path / "t.txt").read_text().startswith("x ") and len((tmp_path / "t.txt").read_text().split()) == 34
 
 

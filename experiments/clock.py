@@ -1,17 +1,14 @@
-"""Masked CE of a masked model with the mask rates that others use: python results/clock.py --out=results/masked.pt
+"""Masked CE of a masked model with the mask rates that others use: python -m experiments.clock --out=results/masked.pt
 
 Total cross-entropy / number of masked characters, which is what most projects call validation loss, depends on how many are masked. evaluate.py
 prints it for all shares alike (linear); document 004, whose 2.29 it is set beside, had the cosine schedule, which masks more."""
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import Evaluate, parse, run  # noqa: E402
-from diffusion import SCHEDULES  # noqa: E402
-from evaluate import corpus, open_checkpoint, stamp  # noqa: E402
-from generate import newest  # noqa: E402
+from config import Evaluate, parse, run
+from diffusion import SCHEDULES
+from evaluation.evaluate import corpus, open_checkpoint, stamp
+from generate import newest
 
 LEVELS = 8   # of each window, evenly spaced; those of the next lie between them
 

@@ -1,17 +1,14 @@
 """Guidance, steps and samplers of one MNIST checkpoint, a row each; or only the tables that are named:
 
-    python results/digits.py --out=out/mnist --digits=1000
-    python results/digits.py guidance "a thousand steps" --digits=256
+    python -m experiments.digits --out=out/mnist --digits=1000
+    python -m experiments.digits guidance "a thousand steps" --digits=256
 
-A row is what `python evaluate.py --bound=False` prints with the row's settings."""
-import sys
+A row is what `python -m evaluation --bound=False` prints with the row's settings."""
 from dataclasses import replace
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import HERE, Evaluate, Picture, at_least, parse, run  # noqa: E402
-from evaluate import open_checkpoint, stamp  # noqa: E402
-from judge_digits import digit_floor, digit_row, digit_sample, real_digits  # noqa: E402
+from config import HERE, Evaluate, Picture, at_least, parse, run
+from evaluation.digits import digit_floor, digit_row, digit_sample, real_digits
+from evaluation.evaluate import open_checkpoint, stamp
 
 TABLES = {
     "guidance": [dict(guidance=g) for g in (0.0, 1.0, 1.5, 2.0, 4.0)],

@@ -1,18 +1,15 @@
 """The two strips of the README, from noise to a digit and from blanks to text, each in eight looks:
 
-    python results/strips.py out/mnist        # writes results/digits.png and results/strip.png, prints the text"""
-import sys
-from pathlib import Path
+    python -m experiments.strips out/mnist        # writes results/digits.png and results/strip.png, prints the text"""
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import mnist_ddpm  # noqa: E402
-import train  # noqa: E402
-from config import HERE, Picture, Sample, run  # noqa: E402
-from data import Alphabet  # noqa: E402
-from generate import plan, write  # noqa: E402
-from mnist_ddpm import draw, grey, grid, png  # noqa: E402
+import mnist_ddpm
+import train
+from config import HERE, Picture, Sample, run
+from data import Alphabet
+from generate import plan, write
+from mnist_ddpm import draw, grey, grid, png
 
 LOOKS = 8
 

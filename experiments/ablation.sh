@@ -1,6 +1,6 @@
 #!/bin/bash
-# The ablation table of LOG.md: one change at a time, 1,400 steps each (three and a half quiet minutes of the default model on two cores).
-# bash results/ablation.sh [data_dir]; every line is a run in out/ablation/, its bound over the whole split the last line it prints.
+# The ablation table of docs/LOG.md: one change at a time, 1,400 steps each (three and a half quiet minutes of the default model on two cores).
+# bash experiments/ablation.sh [data_dir]; every line is a run in out/ablation/, its bound over the whole split the last line it prints.
 set -eu
 data=${1:-data}
 arm() {   # name, what is changed

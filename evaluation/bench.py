@@ -1,4 +1,4 @@
-"""Speed and memory of the text models, as Markdown rows: python bench.py [--n_layer=8 ...]                    settings: config.Masked
+"""Speed and memory of the text models, as Markdown rows: python -m evaluation.bench [--n_layer=8 ...]                    settings: config.Masked
 
 Times are midhinges, the mean of the two quartiles, ± half of their distance, over steps taken in turn, one of each variant after the other, so
 that a busy machine slows all alike (a median would jump: bits and embeddings take a further pass in every other step). The share of the peak is

@@ -91,5 +91,5 @@ def plain_curves(curves):
 
 def page(data):
     """The page of what `gather` gathered, self-contained."""
-    template = (HERE / "report.html").read_text(encoding="utf-8")
+    template = (HERE / "evaluation/report.html").read_text(encoding="utf-8")
     return template.replace(MARK, json.dumps(data, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c"), 1)

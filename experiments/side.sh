@@ -1,6 +1,6 @@
 #!/bin/bash
 # Side by side: the four text models on two corpora, the same network, steps and characters, three seeds; then their samples, all in 128 network
-# calls and without any temperature, and a frontier of seed 1337. bash results/side.sh [data_dir]
+# calls and without any temperature, and a frontier of seed 1337. bash experiments/side.sh [data_dir]
 set -eu
 data="${1:-data}"
 judge() { [ "$1" = warpeace ] && echo --judge=out/warpeace-judge || true; }
@@ -21,7 +21,7 @@ for corpus in shakespeare warpeace; do
     all=$(printf "out/side/$corpus/%s," {twin,masked,bits,embed}.{1337,1,2})
     first=$(printf "out/side/$corpus/%s.1337," twin masked bits embed)
     for more in "--n=0 --exact=0 --out=$all" "--bound=False --n=100 $exact --out=$all" "--bound=False --n=100 $exact --frontier --out=$first"; do
-        python evaluate.py --data_dir="$data" $(judge $corpus) $more
+        python -m evaluation --data_dir="$data" $(judge $corpus) $more
     done > results/side-$corpus.md
 done
-python results/readme.py
+python -m experiments.readme

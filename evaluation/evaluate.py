@@ -1,13 +1,13 @@
 """Measure checkpoints: the bound with both its errors, differences from the first, the exact left-to-right likelihood, and what samples
 are worth. Prints Markdown with the command, commit and machine on top.                                          settings: config.Evaluate
 
-    python evaluate.py                                                  # every checkpoint under out/ and results/
-    python evaluate.py --out=out/masked,results/masked.pt --n=0         # these, no samples: bounds, and their paired difference
-    python evaluate.py --report                                         # out/report.html, too: one page for any browser
-    python evaluate.py --json=out/table.json --frontier                 # the same as JSON; samples at four temperatures
-    python evaluate.py --quick                                          # first trains tiny versions of all four and the twin
-    python evaluate.py --bound=False --exact=0 --steps=16 --order=confidence
-    python evaluate.py --out=out/mnist --guidance=1                     # digits, beside real ones, noise and blur"""
+    python -m evaluation                                                  # every checkpoint under out/ and results/
+    python -m evaluation --out=out/masked,results/masked.pt --n=0         # these, no samples: bounds, and their paired difference
+    python -m evaluation --report                                         # out/report.html, too: one page for any browser
+    python -m evaluation --json=out/table.json --frontier                 # the same as JSON; samples at four temperatures
+    python -m evaluation --quick                                          # first trains tiny versions of all four and the twin
+    python -m evaluation --bound=False --exact=0 --steps=16 --order=confidence
+    python -m evaluation --out=out/mnist --guidance=1                     # digits, beside real ones, noise and blur"""
 import functools
 import json
 import math
@@ -28,17 +28,23 @@ import torch.nn.functional as F
 import analog_bits
 import embed_diffusion
 import mnist_ddpm
-import report
 import train
-from config import AMP, DEVICE, GPU, HERE, CodeSampler, EmbedSampler, Evaluate, Masked, Picture, Sampler, parse, run
+from config import AMP, DEVICE, GPU, HERE, CodeSampler, EmbedSampler, Evaluate, Masked, Picture, Sampler, parse
 from data import Text, patches, whole
-from judge_digits import digit_floor, digit_row, digit_sample, picture, pictures, real_digits
-from metrics import mean, text_metrics, vocabulary
-from report import Table
+from evaluation import report
+from evaluation.digits import digit_floor, digit_row, digit_sample, picture, pictures, real_digits
+from evaluation.metrics import mean, text_metrics, vocabulary
+from evaluation.report import Table
 
 BUILD = {"masked": train.build, "ar": train.build, "bits": analog_bits.build, "embed": embed_diffusion.build, "mnist": mnist_ddpm.build}
 CODES = {"bits": CodeSampler, "embed": EmbedSampler}                                  # how they are sampled
 SPAN = 16   # characters of a held-out block that are infilled, in its middle
+
+
+def module_name():
+    """What stands after python -m: evaluation, experiments.samplers, ..."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name.removesuffix(".__main__") if spec else "evaluation"
 
 
 def stamp():
@@ -50,7 +56,7 @@ def stamp():
         commit = ""
     cpu = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), "") if Path("/proc/cpuinfo").exists() else ""
     machine = torch.cuda.get_device_name() if GPU else f"{cpu or platform.machine()}, {torch.get_num_threads()} threads"
-    command = shlex.join(["python", os.path.relpath(sys.argv[0], HERE), *sys.argv[1:]])
+    command = shlex.join(["python", "-m", module_name(), *sys.argv[1:]])
     return (f"`{command}` at commit {commit or 'unknown'}; {machine}, {str(AMP)[6:]}, PyTorch "
             f"{torch.__version__}")
 
@@ -388,6 +394,3 @@ def main(argv):
         path.write_text(render(data), encoding="utf-8")
         print(f"wrote {path}", file=sys.stderr)
 
-
-if __name__ == "__main__":
-    run(main)

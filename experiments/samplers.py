@@ -1,19 +1,16 @@
 """Quality against network calls: every way to sample one checkpoint of text, a row each; or only the tables that are named:
 
-    python results/samplers.py --out=results/masked.pt --n=100
-    python results/samplers.py "head to head" --n=400
-    python results/samplers.py --out=out/bits --judge=out/ar --n=300
+    python -m experiments.samplers --out=results/masked.pt --n=100
+    python -m experiments.samplers "head to head" --n=400
+    python -m experiments.samplers --out=out/bits --judge=out/ar --n=300
 
-A row is what `python evaluate.py --bound=False` prints with the row's settings; only infilling, which no sampler setting touches, is left out."""
-import sys
+A row is what `python -m evaluation --bound=False` prints with the row's settings; only infilling, which no sampler setting touches, is left out."""
 from dataclasses import replace
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import Evaluate, at_least, parse, run  # noqa: E402
-from evaluate import SAMPLES, judge_of, open_checkpoint, sample, sample_row, sample_setup, stamp  # noqa: E402
-from generate import newest  # noqa: E402
-from report import Table  # noqa: E402
+from config import Evaluate, at_least, parse, run
+from evaluation.evaluate import SAMPLES, judge_of, open_checkpoint, sample, sample_row, sample_setup, stamp
+from evaluation.report import Table
+from generate import newest
 
 ORDERS = ("random", "confidence", "margin", "entropy")
 PLAIN = dict(order="random", temperature=1.0, remask=0.0, apart=0)

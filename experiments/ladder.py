@@ -1,7 +1,7 @@
 """The ladder of embed_diffusion.py, from the runs of results/ladder.sh: measured into results/ladder.csv, and that as a table and a picture.
 
-    python results/ladder.py out/ladder --data_dir=data --n=100     # measures, then as below
-    python results/ladder.py                                        # prints the table of results/ladder.csv, writes results/ladder.svg"""
+    python -m experiments.ladder out/ladder --data_dir=data --n=100     # measures, then as below
+    python -m experiments.ladder                                        # prints the table of results/ladder.csv, writes results/ladder.svg"""
 import csv
 import html
 import math
@@ -11,12 +11,11 @@ import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import EMBED, HERE, LADDER, Evaluate, parse, run  # noqa: E402
-from embed_diffusion import kit  # noqa: E402
-from evaluate import judge_of, judged, open_checkpoint, sample, sample_setup, stamp  # noqa: E402
-from metrics import text_metrics  # noqa: E402
-from train import read  # noqa: E402
+from config import EMBED, HERE, LADDER, Evaluate, parse, run
+from embed_diffusion import kit
+from evaluation.evaluate import judge_of, judged, open_checkpoint, sample, sample_setup, stamp
+from evaluation.metrics import text_metrics
+from train import read
 
 TABLE = HERE / "results/ladder.csv"
 MASKED = 1.922 / math.log(2)   # bits/char of the masked model of the same size and steps, n = 3 (LOG.md)

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Repeated data: the first 100,000 characters of tiny Shakespeare, masked model and twin at three dropouts for 200 epochs, then the twin tuned,
-# evaluated on the whole validation split. bash results/repeated.sh [data_dir]; the curves are the log.csv of each run, best.pt is early stopping.
+# evaluated on the whole validation split. bash experiments/repeated.sh [data_dir]; the curves are the log.csv of each run, best.pt is early stopping.
 set -eu
 data="${1:-data}"
 once() {

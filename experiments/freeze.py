@@ -1,4 +1,4 @@
-"""Freeze a run's best averaged weights as a small fp16 checkpoint: python results/freeze.py out/masked results/masked.pt"""
+"""Freeze a run's best averaged weights as a small fp16 checkpoint: python -m experiments.freeze out/masked results/masked.pt"""
 import sys
 from pathlib import Path
 

@@ -1,23 +1,20 @@
 """What control costs, on a checkpoint of embeddings: steering by strength; and hybrids beside diffusion alone and a twin alone, in one window and in
 texts of eight.
 
-    python results/control.py --out=out/ladder/best --twin=out/bits-arms/twin --n=64 --data_dir=data
+    python -m experiments.control --out=out/ladder/best --twin=out/bits-arms/twin --n=64 --data_dir=data
 
 A text has its wish if no character of it is one that is not allowed. The judge is another autoregressive model than the twin that guides."""
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import generate  # noqa: E402
-from config import EmbedSampler, Evaluate, Sample, parse, run  # noqa: E402
-from embed_diffusion import prepare, wish  # noqa: E402
-from evaluate import SAMPLES, judge_of, open_checkpoint, sample_row, sample_setup, stamp  # noqa: E402
-from report import Table  # noqa: E402
-from train import reseed  # noqa: E402
+import generate
+from config import EmbedSampler, Evaluate, Sample, parse, run
+from embed_diffusion import prepare, wish
+from evaluation.evaluate import SAMPLES, judge_of, open_checkpoint, sample_row, sample_setup, stamp
+from evaluation.report import Table
+from train import reseed
 
 WISHES = ("no:e", "only:abcdefghijklmnopqrstuvwxyz \\n", "at:64=T", "line:30")
 STRENGTHS = (0., 1., 2., 5.)

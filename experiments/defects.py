@@ -1,19 +1,16 @@
-"""What the two defects of document 004's sampler cost, on a model with its settings: python results/defects.py --out=out/documents --n=96
+"""What the two defects of document 004's sampler cost, on a model with its settings: python -m experiments.defects --out=out/documents --n=96
 
 The model: python train.py --dataset=shakespeare --schedule=cosine --weight=pooled --optimizer=adamw --learning_rate=3e-4 --time=True
 The sampler: 100 calls, the most confident first, max(1, int(masked / (t + 1))) characters a call. Defect one: call t told the network t,
 which in training, under the cosine schedule, had stood for the fraction m(t) masked. Defect two: the counts and the top-k were taken over
 all texts of the batch at once."""
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import Evaluate, at_least, parse, run  # noqa: E402
-from diffusion import SCHEDULES, draw  # noqa: E402
-from evaluate import SAMPLES, judge_of, open_checkpoint, sample, sample_row, sample_setup, stamp  # noqa: E402
-from report import Table  # noqa: E402
+from config import Evaluate, at_least, parse, run
+from diffusion import SCHEDULES, draw
+from evaluation.evaluate import SAMPLES, judge_of, open_checkpoint, sample, sample_row, sample_setup, stamp
+from evaluation.report import Table
 
 STEPS = 100
 

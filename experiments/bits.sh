@@ -1,5 +1,5 @@
 #!/bin/bash
-# Analog bits: one change at a time on tiny Shakespeare, fixed shape; then War and Peace and its judge. bash results/bits.sh [data_dir]
+# Analog bits: one change at a time on tiny Shakespeare, fixed shape; then War and Peace and its judge. bash experiments/bits.sh [data_dir]
 set -eu
 data="${1:-data}"
 arm() {
@@ -21,4 +21,4 @@ arm elbo --weight=elbo
 python train.py --dataset=shakespeare --data_dir="$data" --objective=ar --n_layer=4 --n_head=4 --n_embd=128 --max_iters=1000 --eval_interval=500 --out=out/bits-arms/twin
 python train.py --dataset=warpeace --data_dir="$data" --objective=ar --max_iters=4000 --out=out/warpeace-judge
 python analog_bits.py --dataset=warpeace --data_dir="$data" --block_size=64 --batch_size=64 --max_iters=6000 --eval_interval=1000 --out=out/bits
-python results/samplers.py --out=out/bits --judge=out/warpeace-judge --data_dir="$data" --n=64
+python -m experiments.samplers --out=out/bits --judge=out/warpeace-judge --data_dir="$data" --n=64

@@ -1,21 +1,18 @@
 """How often `generate.settle` finds the length of a blank: held-out spans of a known length are cut out, and chosen again beside chance:
 
-    python results/blanks.py --out=results/masked.pt --n=100
+    python -m experiments.blanks --out=results/masked.pt --n=100
 
 A span of 1 to 20 characters, all equally likely, stands between the 64 before it and the 32 after it, which are the evidence; where two
 lengths are tied the shorter is taken. The last column is the place of the true length among the 20, 1 being the likeliest. ± is the
 standard error over windows; chance is exact."""
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import Evaluate, at_least, parse, run  # noqa: E402
-from evaluate import corpus, open_checkpoint, stamp  # noqa: E402
-from generate import EVIDENCE, ORDERS, evidence, newest  # noqa: E402
-from metrics import mean  # noqa: E402
-from train import reseed  # noqa: E402
+from config import Evaluate, at_least, parse, run
+from evaluation.evaluate import corpus, open_checkpoint, stamp
+from evaluation.metrics import mean
+from generate import EVIDENCE, ORDERS, evidence, newest
+from train import reseed
 
 BEFORE, LENGTHS = 64, range(1, 21)
 HEAD = "| length of the span | found exactly | within 1 | within 2 | mean absolute error | place of the truth |\n|---|---:|---:|---:|---:|---:|"

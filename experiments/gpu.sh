@@ -1,12 +1,12 @@
 #!/bin/bash
 # What only a GPU can show, in commands of under ten minutes each. From the repository's root, with tiny Shakespeare in data/:
 #
-#     bash results/gpu.sh gradients    # fp16: every parameter gets a finite gradient: masked, twin, bits and embeddings with self-conditioning
-#     bash results/gpu.sh bench        # ms a step, characters/s, share of the fp16 peak; compiled, eager, plain
-#     bash results/gpu.sh train        # the full-size model for nine minutes; again to go on, until it says it is finished
-#     bash results/gpu.sh evaluate     # its bound over the whole validation split and its samples
-#     bash results/gpu.sh twin         # the same network, autoregressive, for the same axis (nanoGPT: 1.4697)
-#     bash results/gpu.sh big          # 12 x 12 x 768 on a corpus of enwik8's size, for throughput
+#     bash experiments/gpu.sh gradients    # fp16: every parameter gets a finite gradient: masked, twin, bits and embeddings with self-conditioning
+#     bash experiments/gpu.sh bench        # ms a step, characters/s, share of the fp16 peak; compiled, eager, plain
+#     bash experiments/gpu.sh train        # the full-size model for nine minutes; again to go on, until it says it is finished
+#     bash experiments/gpu.sh evaluate     # its bound over the whole validation split and its samples
+#     bash experiments/gpu.sh twin         # the same network, autoregressive, for the same axis (nanoGPT: 1.4697)
+#     bash experiments/gpu.sh big          # 12 x 12 x 768 on a corpus of enwik8's size, for throughput
 #
 # Tables go to out/gpu/*.md; log.csv stays beside each run. Targets: 1.55 nats/char for the masked model, masked CE below
 # 2.0 where all shares are alike; clock.md has it under document 004's cosine schedule, too.
@@ -20,7 +20,7 @@ limited() {   # nine minutes, then Ctrl-C, which saves; a later call resumes
 case "${1:-}" in
 gradients) python - <<'PY' | tee out/gpu/gradients.md
 import torch
-from bench import Noise
+from evaluation.bench import Noise
 import analog_bits
 import embed_diffusion
 import train
@@ -45,12 +45,12 @@ for name, c, build in (("masked", Masked(time=True), train.build), ("ar", Masked
     assert not dead
 PY
 ;;
-bench)    timeout 580 python bench.py | tee out/gpu/bench.md ;;
+bench)    timeout 580 python -m evaluation.bench | tee out/gpu/bench.md ;;
 train)    limited out/full --dataset=shakespeare --data_dir=data ;;
 twin)     limited out/full-ar --dataset=shakespeare --data_dir=data --objective=ar --dropout=0.2 --max_iters=5000 --eval_interval=250 ;;
 evaluate)
-    timeout 60 python results/clock.py --out=out/full --data_dir=data | tee out/gpu/clock.md
-    timeout 510 python evaluate.py --out=out/full --data_dir=data | tee out/gpu/evaluate.md ;;
+    timeout 60 python -m experiments.clock --out=out/full --data_dir=data | tee out/gpu/clock.md
+    timeout 510 python -m evaluation --out=out/full --data_dir=data | tee out/gpu/evaluate.md ;;
 big)
     [ -e data/enwik8 ] && text=enwik8 || text=out/gpu/hundred.txt   # without enwik8: 100 million characters made of War and Peace
     [ "$text" = enwik8 ] || [ -e "$text" ] || for _ in $(seq 31); do cat data/warpeace.txt; done > "$text"

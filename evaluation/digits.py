@@ -9,9 +9,9 @@ import torch
 import train
 from config import DEVICE, HERE, Mnist, Picture
 from data import Images, whole
-from metrics import Reader, blurred, digit_metrics, frechet, noise_like, read, train_reader
+from evaluation.metrics import Reader, blurred, digit_metrics, frechet, noise_like, read, train_reader
+from evaluation.report import Table
 from mnist_ddpm import grey, many
-from report import Table
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 #!/bin/bash
 # The ladder of embeddings: every recipe of config.EMBED on tiny Shakespeare, fixed shape, equal steps; then the arms beside the last rung.
-# bash results/ladder.sh [data_dir], then python results/ladder.py out/ladder --data_dir=...
+# bash experiments/ladder.sh [data_dir], then python -m experiments.ladder out/ladder --data_dir=...
 set -eu
 data="${1:-data}"
 arm() {   # name, what is changed
@@ -14,7 +14,7 @@ for seed in 1 2; do
     arm scaled.$seed --recipe=scaled --seed=$seed
 done
 for weight in 0.3 1; do arm fluency-$weight --recipe=scaled --fluency=$weight; done
-python results/export_table.py out/warpeace-judge out/warpeace-table.txt   # the twin of War and Peace that results/bits.sh trains
+python -m experiments.export_table out/warpeace-judge out/warpeace-table.txt   # the twin of War and Peace that results/bits.sh trains
 for seed in 1337 1 2; do
     at=.$seed; [ $seed = 1337 ] && at=""
     arm frozen$at --recipe=scaled --learned=False --seed=$seed

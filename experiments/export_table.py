@@ -1,21 +1,19 @@
 """The input embedding of a text checkpoint (masked or ar) as a table that embed_diffusion.py --table reads:
 
-    python results/export_table.py out/warpeace-judge out/warpeace-table.txt
-    python results/export_table.py out/warpeace-judge out/table/warpeace.safetensors          # and out/table/tokenizer.json
+    python -m experiments.export_table out/warpeace-judge out/warpeace-table.txt
+    python -m experiments.export_table out/warpeace-judge out/table/warpeace.safetensors          # and out/table/tokenizer.json
 
 In .txt, as GloVe: a character and its numbers on each line, a space written as ▁ and a new line as a backslash and n."""
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import run  # noqa: E402
-from train import build, load  # noqa: E402
+from config import run
+from train import build, load
 
 
 def main(argv):
     if len(argv) != 2 or Path(argv[1]).suffix not in (".txt", ".safetensors"):
-        raise SystemExit("python results/export_table.py CHECKPOINT TABLE.txt or TABLE.safetensors")
+        raise SystemExit("python -m experiments.export_table CHECKPOINT TABLE.txt or TABLE.safetensors")
     (method, _, meta), to = load(argv[0], build), Path(argv[1])
     rows, chars = method.net.inp.weight[:-1].detach().cpu().float().numpy(), meta["alphabet"]                # the last row is MASK
     to.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,16 @@
 """The tables of README.md, rebuilt from what lies in results/: each stands below a line <!-- table: NAME -->.
 
-    python results/readme.py            # rebuilds them
-    python results/readme.py --check    # names those that differ; exit 1 if there are any"""
+    python -m experiments.readme            # rebuilds them
+    python -m experiments.readme --check    # names those that differ; exit 1 if there are any"""
 import csv
 import re
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+README = ROOT / "README.md"
 
 
 # ---- what was printed
@@ -18,7 +19,7 @@ def found(source, first, *columns):
     """Cells of the row of results/NAME.md whose first cell is `first`; source: NAME, or NAME:n for the nth such row. KeyError: there is none."""
     name, _, nth = source.partition(":")
     hits, head = [], []
-    for line in (HERE / f"{name}.md").read_text(encoding="utf-8").splitlines():
+    for line in (RESULTS / f"{name}.md").read_text(encoding="utf-8").splitlines():
         if not line.startswith("|"):
             head = []
             continue
@@ -40,7 +41,7 @@ def over(source, firsts, *columns, digits=3):
 
 def log(name, step, column):
     """A number of results/NAME.csv at a step."""
-    with (HERE / f"{name}.csv").open(newline="", encoding="utf-8") as f:
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as f:
         return next(float(row[column]) for row in csv.DictReader(f) if int(row["step"]) == step)
 
 
