@@ -1,20 +1,27 @@
-"""Analog bits (Chen, Zhang & Hinton 2022): Gaussian diffusion over the bits of characters.    settings: config.Bits, config.CodeSampler
+"""Analog bits (Chen, Zhang & Hinton 2022): Gaussian diffusion over the bits of characters.
+settings: config.Bits, config.CodeSampler. Read with it: TokenDiffusion in gaussian.py, and of its
+formulas q_sample, reverse_step, log_likelihood and position_times.
 
-    python analog_bits.py --dataset=warpeace                    # trains
-    python analog_bits.py --code=bytes --head=bits              # the bits of UTF-8, each predicted alone
+    python analog_bits.py --dataset=warpeace
+    python analog_bits.py --code=bytes --head=bits        # the bits of UTF-8, each predicted alone
     python analog_bits.py sample --n=4 --steps=50 --td=1 --sampler=ddim
-    python analog_bits.py sample --prompt="Prince {20} said" --watch"""
+    python analog_bits.py sample --prompt="Prince {20} said" --watch
+"""
 import torch
 from torch import nn
 
-import generate
-from config import Bits, CodeSampler, parse, run
-from data import Alphabet, Text
-from diffusion import Characters
+from checkpoint import find_checkpoint, load, start_or_resume
+from config import Bits, CodeSampler, parse, print0, run
+from data import CharTokenizer, Text
+from gaussian import TokenDiffusion
+from generate import lay_out, parse_prompt, print_source, show_texts, write
 from model import Transformer
-from train import show_text, start
+from train import fit, reseed, show_text
 
-ENDS = (-4.0, 8.0)   # gamma: at -4 a bit is wrong once in 10^13, at 8 all bits of a character together tell .001 nats
+SETTINGS = Bits
+SAMPLER = CodeSampler
+GAMMA_MIN = -4.0    # a bit is wrong once in 10^13
+GAMMA_MAX = 8.0     # all bits of a character together tell 0.001 nats
 
 
 def bits(codes, width):
@@ -22,57 +29,69 @@ def bits(codes, width):
     return (codes[..., None] >> torch.arange(width, device=codes.device) & 1) * 2.0 - 1
 
 
-def unbits(x):
-    """The integers of numbers x (..., width), by their signs."""
-    return ((x > 0).long() << torch.arange(x.size(-1), device=x.device)).sum(-1)
-
-
-def table(code, alphabet):
-    """The codes of an alphabet's characters, one row of +-1 each: (V, K)."""
-    V = len(alphabet)
-    width = max(1, (V - 1).bit_length())
+def bit_table(code, alphabet):
+    """The bits of the characters of an alphabet, a str: (V, K)."""
     if code == "bytes":
-        return bits(torch.tensor([ord(ch) for ch in alphabet.chars]), 8)
-    if code == "random":
-        return bits(torch.randperm(2 ** width, generator=torch.Generator().manual_seed(0))[:V], width)
-    return bits(torch.arange(V), width)
+        return bits(torch.tensor([ord(ch) for ch in alphabet]), 8)
+    V = len(alphabet)
+    return bits(torch.arange(V), max(1, (V - 1).bit_length()))
 
 
-class LoneBits(Characters):
-    """Tokens are bits, K to a character, each predicted alone: the ablation. A code that no character has reads as the nearest."""
+class BitHead(nn.Module):
+    """A network that predicts each bit alone, K numbers, as one that predicts V logits: a character
+    is as likely as the product of its bits, among the codes that are characters."""
 
-    mask = property(lambda self: len(self.codes))
+    def __init__(self, net, table):
+        super().__init__()
+        self.net = net
+        self.table = nn.Buffer(table, persistent=False)
 
-    def __init__(self, net, codes, *how):
-        super().__init__(net, torch.tensor([[-1.0], [1.0]]), *how)
-        self.register_buffer("codes", codes, persistent=False)
-
-    def spelled(self, x0):
-        """The bits (B, T, K) of characters x0 (B, T)."""
-        return (self.codes[x0] > 0).long()
-
-    def read(self, tokens):
-        """The characters (B, T) whose codes are nearest to the bits (B, T, K)."""
-        return ((tokens * 2.0 - 1) @ self.codes.T - self.codes.square().sum(1) / 2).argmax(-1)
+    def forward(self, x, t):
+        bit_logits = self.net(x, t)                                    # (B, T, K)
+        return bit_logits @ self.table.T                               # (B, T, V)
 
 
 def build(c, meta):
-    """The method of a run: c its Bits settings, meta its alphabet."""
-    codes = table(c.code, Alphabet(meta["alphabet"]))
-    V, K = codes.shape
-    out = 2 * K if c.head == "bits" else V                                            # probabilities: given, and shown as the hint
-    net = Transformer(c, nn.Linear(K * (1 + c.selfcond) + out * c.hint, c.n_embd), out)
-    how = (c.schedule, c.weight, ENDS, c.selfcond, c.prior, c.prompts, c.spread, c.hint)
-    method = (LoneBits if c.head == "bits" else Characters)(net, codes, *how)
-    method.unit = "byte" if c.code == "bytes" else "char"
-    return method
+    table = bit_table(c.code, meta["alphabet"])
+    V, K = table.shape
+    n_in = K + K * c.self_cond + V * c.feed_posterior
+    n_out = K if c.head == "bits" else V
+    net = Transformer(c, nn.Linear(n_in, c.n_embd), n_out)
+    if c.head == "bits":
+        net = BitHead(net, table)
+    return TokenDiffusion(net, table, c.schedule, c.loss, GAMMA_MIN, GAMMA_MAX, c.self_cond,
+                          c.output_prior, c.feed_posterior, c.prompts, c.stagger)
+
+
+def sample(argv):
+    s = CodeSampler(**parse(argv, CodeSampler))
+    path = find_checkpoint(s.out, "bits")
+    method, c, meta = load(path, Bits, build, ["bits"])
+    tokenizer = CharTokenizer(meta["alphabet"], meta["is_bytes"])
+    pieces = parse_prompt(s.prompt, tokenizer)
+    ids, known = lay_out(pieces, s.length, c.block_size, method.mask_id)
+    print_source(path, meta)
+
+    reseed(s.seed)
+    frames = write(method, ids, known, c.block_size, s)
+    show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1 + s.two_pass)
 
 
 def main(argv):
     if argv[:1] == ["sample"]:
-        generate.sample(argv[1:], CodeSampler(), "bits", build)
-    else:
-        start(argv, parse(argv, Bits()), "bits", lambda c: Text(c, raw=c.code == "bytes"), build, show_text(CodeSampler()))
+        return sample(argv[1:])
+    c, state = start_or_resume(argv, Bits, ["bits"])
+    data = Text(c, is_bytes=c.code == "bytes")
+    reseed(c.seed)
+    method = build(c, data.meta)
+
+    def show_sample(ema, out):
+        show_text(ema, data, c, CodeSampler())
+
+    meta = {"method": "bits", "script": "analog_bits", **data.meta}
+    out = fit(method, data, c, meta, show_sample, state)
+    if out:
+        print0(f"done: python analog_bits.py sample --out={out}")
 
 
 if __name__ == "__main__":

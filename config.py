@@ -1,99 +1,121 @@
-"""Every hyperparameter of every script. Edit and rerun, or override one: python train.py --n_layer=8
+"""Device, precision, processes and every hyperparameter. Edit and rerun, or override one:
+python train.py --n_layer=8
 
-Lengths are in characters, probabilities and rates in [0, 1]. The network is chosen when a run is trained and travels in its
-checkpoint; `Sample` only says how to write with it."""
+Lengths are in characters, rates and probabilities in [0, 1]. How a network is built and trained
+travels in its checkpoint; the settings of a sampler only say how to write with it.
+"""
+import argparse
+import contextlib
 import difflib
 import inspect
 import math
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from tqdm import tqdm
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"   # one line to change for "cpu", or "mps" (text only)
-GPU = DEVICE == "cuda"
-FAST_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()   # 4x fp32 in matrix products
-AMP = torch.float16 if GPU else torch.bfloat16 if FAST_BF16 and DEVICE == "cpu" else torch.float32
 HERE = Path(__file__).resolve().parent
-COLOR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")   # colours and moving cursors only where someone looks
-if GPU and (rank := int(os.environ.get("LOCAL_RANK", 0))):         # torchrun: one process, one GPU
-    if rank >= torch.cuda.device_count():
-        raise SystemExit(f"torchrun asks for {rank + 1} GPUs; this machine has {torch.cuda.device_count()}")
-    torch.cuda.set_device(rank)
+COLOR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+# device: one line to change for "cpu", or "mps" (text only)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = DEVICE == "cuda"
+
+# precision: what matrix products are computed in; weights are always fp32
+AMP = torch.float32
+if GPU:
+    AMP = torch.float16
+elif DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported():
+    AMP = torch.bfloat16                        # 4 times as fast as fp32
 
 
 def autocast():
-    """The precision of one forward pass. A disabled object, never a branch, where there is nothing to gain."""
     return torch.autocast(DEVICE, AMP, enabled=AMP != torch.float32)
 
 
+# processes of torchrun, each with its GPU
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+if GPU and WORLD_SIZE > 1:
+    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
+    if LOCAL_RANK >= torch.cuda.device_count():
+        raise SystemExit(f"there is no GPU number {LOCAL_RANK}")
+    torch.cuda.set_device(LOCAL_RANK)
+
+
+# settings that are 1 or more; all other numbers are 0 or more
+COUNTS = {"max_iters", "eval_interval", "n_layer", "n_head", "n_embd", "batch_size", "grad_accum",
+          "block_size", "dim", "steps", "n", "block"}
+
+
+class Settings:
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            choices = get_args(f.type)
+            if choices:
+                check(value in choices, f"{f.name}={value} is none of {choices}")
+            elif not isinstance(value, str) and f.default >= 0:
+                least = int(f.name in COUNTS)
+                check(least <= value < math.inf, f"{f.name}={value} must be {least} or more")
+
+
 @dataclass(frozen=True)
-class Config:   # shared by every script that trains
+class Config(Settings):   # every script that trains
     # data
-    dataset: str = "auto"          # shakespeare, warpeace, text8, enwik8, pydoc, or the path of a text file
-    data_dir: str = ""             # where corpora are kept; empty: data/ beside the scripts
-    train_size: int = 0            # train on only the first so many characters; 0: all
+    dataset: str = "auto"          # shakespeare, warpeace, text8, enwik8, pydoc, or a text file
+    data_dir: str = ""             # where corpora are kept; empty: data/
+    train_size: int = 0            # train on the first so many characters only; 0: all
     # run
-    out: str = ""                  # folder of the run; empty: out/<method>/ beside the scripts
-    resume: bool = False           # go on with the run in `out`, with its own settings; what is typed here wins
+    out: str = ""                  # folder of the run; empty: out/<method>, or out/<method>.1, ...
+    resume: bool = False           # go on with the run in `out`; empty: with the newest unfinished
     seed: int = 1337
     max_iters: int = 20000 if GPU else 2800
     eval_interval: int = 1000 if GPU else 400
-    compile: bool = True           # after the first sample, where it pays
+    compile: bool = True           # after the first sample
     # model
-    block_size: int = 256 if GPU else 128   # characters seen at once
+    block_size: int = 256 if GPU else 128
     n_layer: int = 6
     n_head: int = 6 if GPU else 5
-    n_embd: int = 384 if GPU else 160       # a laptop trains the small one in minutes
+    n_embd: int = 384 if GPU else 160
     dropout: float = 0.1 if GPU else 0.0
     # optimizer
-    batch_size: int = 64 if GPU else 32     # examples in a micro-batch
-    grad_accum: int = 1            # micro-batches in a step, shared out among the processes of torchrun
-    optimizer: Literal["muon", "adamw"] = "muon"   # muon: the matrices of the blocks by Muon, all else by AdamW
+    batch_size: int = 64 if GPU else 32     # of one micro-batch
+    grad_accum: int = 1            # micro-batches a step, of all processes together
+    optimizer: Literal["muon", "adamw"] = "muon"   # muon: for matrices in blocks, adamw for others
     learning_rate: float = 6e-3    # of both: Muon's update is scaled to AdamW's
     warmup_iters: int = 100
     weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    ema: float = 0.998             # decay of the averaged weights, which are evaluated and sampled
+    grad_clip: float = 1.0         # 0: none
+    ema: float = 0.998             # decay of the averaged weights, which are evaluated
 
     def __post_init__(self):
-        at_least(self, 1, "max_iters", "eval_interval", "n_layer", "n_head", "n_embd", "batch_size", "grad_accum")
-        at_least(self, 2, "block_size")
-        at_least(self, 0, "train_size", "seed", "warmup_iters", "dropout", "weight_decay", "grad_clip", "learning_rate", "ema")
-        if self.n_embd % self.n_head:
-            raise SystemExit(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        if self.n_embd // self.n_head % 2:
-            raise SystemExit(f"n_embd/n_head={self.n_embd // self.n_head} must be even: positions are rotations of pairs")
-        if self.dropout >= 1 or self.ema >= 1:
-            raise SystemExit("dropout and ema must be below 1")
+        super().__post_init__()
+        D = self.n_embd / self.n_head
+        check(D % 2 == 0, f"n_embd/n_head is {D:g}: it must be even, for RoPE rotates pairs")
+        check(self.dropout < 1, f"dropout={self.dropout} must be less than 1")
 
 
 @dataclass(frozen=True)
-class Masked(Config):   # train.py: masked diffusion and its autoregressive twin
-    objective: Literal["masked", "ar"] = "masked"          # ar: the same network, causal
-    schedule: Literal["linear", "square", "cosine"] = "linear"   # where training looks; the bound does not depend on it
-    weight: Literal["elbo", "pooled"] = "pooled"           # of the training loss: a bound, or per masked character; evaluated is always the bound
-    time: bool = False             # feed the network the fraction masked (it can count the MASKs itself)
-
-
-RECIPES = {   # the best found here; the one with the best bound, a softmax over the 256 grey levels; and the loss of Ho et al. 2020
-    "best": dict(predict="v", schedule="cosine", weight="min-snr"),
-    "levels": dict(predict="levels", schedule="cosine", weight="ce"),
-    "ddpm": dict(predict="eps", schedule="linear", weight="simple"),
-}
+class Masked(Config):   # train.py: masked diffusion and the autoregressive baseline
+    objective: Literal["masked", "ar"] = "masked"
+    schedule: Literal["linear", "square", "cosine"] = "linear"   # of the mask rate in training
+    loss: Literal["elbo", "pooled"] = "pooled"     # the bound, or the mean per masked character
+    time: bool = False             # feed the network the share masked (it can count the MASKs)
 
 
 @dataclass(frozen=True)
-class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
-    dataset: str = "auto"          # mnist, or digits, drawn by this program; auto: mnist if it can be had
+class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion of pixels
+    dataset: str = "auto"          # mnist, or digits, drawn by this program; auto: mnist if it can
     predict: Literal["eps", "x0", "v", "levels"] = "v"
     schedule: Literal["linear", "cosine", "sqrt"] = "cosine"
-    weight: Literal["simple", "elbo", "min-snr", "ce"] = "min-snr"
-    patch: int = 4                 # pixels on a side of a patch, one position of the transformer; 2 takes 6.5x as long a step
-    drop_label: float = 0.1        # share of the images that hide their label in training, for classifier-free guidance
+    loss: Literal["simple", "elbo", "min-snr", "ce"] = "min-snr"   # levels: ce or elbo
+    patch: Literal[1, 2, 4, 7, 14] = 4   # pixels on a side of a position
+    drop_label: float = 0.1        # share of labels hidden, for classifier-free guidance
     time: bool = True              # feed the network the noise level
     max_iters: int = 40000 if GPU else 4000
     batch_size: int = 256 if GPU else 64
@@ -101,284 +123,223 @@ class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion over pixels
     n_head: int = 6 if GPU else 4
     n_embd: int = 384 if GPU else 128
     dropout: float = 0.0
-    recipes = RECIPES              # --recipe=NAME: its settings, where they are not typed themselves
 
     def __post_init__(self):
         super().__post_init__()
-        if self.patch not in (1, 2, 4, 7, 14):
-            raise SystemExit(f"patch={self.patch} does not divide 28: one of 1, 2, 4, 7, 14")
-        if self.weight not in (("ce", "elbo") if self.predict == "levels" else ("simple", "elbo", "min-snr")):
-            raise SystemExit(f"weight={self.weight} does not go with predict={self.predict}: --recipe=levels is predict=levels with weight=ce")
-        if not 0 < self.drop_label < 1:
-            raise SystemExit(f"drop_label={self.drop_label} must be between 0 and 1: guidance needs both, with and without")
+        losses = ("simple", "elbo", "min-snr")
+        if self.predict == "levels":
+            losses = ("ce", "elbo")
+        check(self.loss in losses, f"predict={self.predict} has loss={' or '.join(losses)}")
 
-
-@dataclass(frozen=True)
-class Bits(Config):   # analog_bits.py: Gaussian diffusion over the bits of characters
-    code: Literal["index", "bytes", "random"] = "index"    # bits of: the place in the alphabet, UTF-8 bytes, or a code drawn for each
-    head: Literal["softmax", "bits"] = "softmax"           # probabilities of the characters, or of each bit alone
-    schedule: Literal["linear", "cosine", "sqrt"] = "sqrt"
-    weight: Literal["ce", "elbo"] = "ce"                   # of the training loss: cross-entropy, no bound; or the bound
-    selfcond: bool = True          # show the network its own earlier guess
-    prior: bool = True             # add to its logits what the noisy bits themselves say
-    hint: bool = True              # show the network those probabilities, too
-    spread: float = 3.0            # 0: all characters equally noisy; more: they take turns, in random order
-    prompts: float = 0.25          # share of the training windows that have a clean part, for prompts and blanks
-    time: bool = False             # feed the network the noise level (it can see it)
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 0, "spread")
-        if not 0 <= self.prompts < 1:
-            raise SystemExit(f"prompts={self.prompts} is a share, below 1")
-
-
-LADDER = {   # embed_diffusion.py: the documents' baseline, which fails, and its cure, one change at a time; each rung stands on those before it
-    "baseline": dict(rows="small", norm=1.0, predict="eps", weight="simple", schedule="linear", low=-9.2, high=10.0, positions=False, learned=False,
-                     selfcond=False, prior=False, hint=False, spread=0.0, prompts=0.0, time=True),
-    "positions": dict(positions=True),                     # the network can tell the order
-    "unit": dict(rows="unit"),                             # rows of norm 1 instead of .02 a number
-    "x0": dict(predict="x0"),                              # the embedding is predicted, not the noise
-    "softmax": dict(predict="tokens", weight="ce"),        # probabilities of the characters are, trained by cross-entropy: learned rounding
-    "learned": dict(learned=True),                         # the table is trained with the network
-    "range": dict(low=-6.0, high=6.0),                     # noise from where characters of norm 1 are certain to where they are lost
-    "prior": dict(prior=True),                             # what the noisy embedding says of its character is added, not learned
-    "sqrt": dict(schedule="sqrt"),                         # training is mostly where there is something to learn, hardly where all is clear
-    "selfcond": dict(selfcond=True),                       # the network is shown its own earlier guess
-    "hint": dict(hint=True),                               # what the noisy embedding says is shown to the network, too
-    "timeless": dict(time=False),                          # the network can see the noise level itself
-    "turns": dict(spread=3.0),                             # characters become clean one after another
-    "scaled": dict(norm=2.65, low=-4.0, high=8.0),         # the same noise for longer rows: where the schedule looks is where they are told apart
+MNIST_RECIPES = {
+    "best": dict(predict="v", schedule="cosine", loss="min-snr"),
+    "levels": dict(predict="levels", schedule="cosine", loss="ce"),       # the best bound
+    "ddpm": dict(predict="eps", schedule="linear", loss="simple"),        # Ho et al. 2020
 }
-EMBED = {name: {k: v for rung in list(LADDER.values())[:i + 1] for k, v in rung.items()} for i, name in enumerate(LADDER)}   # recipes in full
-EMBED["best"] = EMBED["scaled"] | dict(prompts=0.25)
-EMBED["orderless"] = EMBED["scaled"] | dict(positions=False)   # the last rung, without the first cure
-EMBED["diffusion-lm"] = EMBED["x0"] | dict(rows="free", weight="diffusion-lm", schedule="sqrt", low=-4.6, high=10.0, learned=True)   # Li et al. 2022
 
 
 @dataclass(frozen=True)
-class Embed(Config):   # embed_diffusion.py: Gaussian diffusion over embeddings of characters
-    dim: int = 16                  # numbers in an embedding
-    rows: Literal["small", "unit", "free"] = "unit"        # of the table: .02 a number, as the documents' baseline; all of one norm; as they come
-    norm: float = 2.65             # of rows=unit: as long as the 7 bits of a character in analog_bits.py, so that the same schedule fits
-    learned: bool = True           # train the table with the network
-    table: str = ""                # begin with these embeddings: GloVe, word2vec, fastText text; .safetensors beside its tokenizer.json
-    predict: Literal["eps", "x0", "tokens"] = "tokens"
-    weight: Literal["simple", "ce", "elbo", "diffusion-lm"] = "ce"
+class Codes(Config):   # both below: Gaussian diffusion of tokens through a table of codes
     schedule: Literal["linear", "cosine", "sqrt"] = "sqrt"
-    low: float = -4.0              # gamma = -log SNR at the clean end
-    high: float = 8.0              # and where all is noise
-    positions: bool = True         # False: the network cannot tell the order of what it reads
-    selfcond: bool = True          # show the network its own earlier guess
-    prior: bool = True             # add to its logits what the noisy embeddings themselves say
-    hint: bool = True              # show the network those probabilities, too
-    spread: float = 3.0            # 0: all characters equally noisy; more: they take turns, in random order
-    prompts: float = 0.25          # share of the training windows that have a clean part, for prompts and blanks
-    fluency: float = 0.0           # weight of the surprise of predicted pairs of characters, added to the loss
+    self_cond: bool = True         # show the network its own earlier prediction
+    output_prior: bool = True      # add to its logits what the noisy codes themselves say
+    feed_posterior: bool = True    # show the network those probabilities, too
+    stagger: float = 3.0           # 0: all equally noisy; more: one after another
+    prompts: float = 0.25          # share of training windows with a clean part
     time: bool = False             # feed the network the noise level
-    recipes = EMBED                # --recipe=NAME: its settings, where they are not typed themselves
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 1, "dim")
-        at_least(self, 0, "spread", "fluency")
-        at_least(self, .01, "norm")
-        if not 0 <= self.prompts < 1:
-            raise SystemExit(f"prompts={self.prompts} is a share, below 1")
-        if not -13.3 <= self.low < self.high <= 20:
-            raise SystemExit(f"low={self.low}, high={self.high}: -13.3 <= low < high <= 20")
-        tokens, needs = self.predict == "tokens", [k for k in ("selfcond", "prior", "hint", "spread", "prompts", "fluency") if getattr(self, k)]
-        if (self.weight in ("ce", "elbo")) != tokens or self.weight == "diffusion-lm" and self.predict != "x0":
-            raise SystemExit(f"weight={self.weight} does not go with predict={self.predict}: tokens ce or elbo; eps and x0 simple; x0 diffusion-lm")
-        if needs and not tokens:
-            raise SystemExit(f"{needs[0]} needs predict=tokens, weight=ce or elbo")
-        if self.table and self.rows != "unit":
-            raise SystemExit(f"table needs rows=unit, not {self.rows}")
 
 
 @dataclass(frozen=True)
-class Sampler:   # how a trained model writes; shared by generate.py and evaluate.py
+class Bits(Codes):   # analog_bits.py: the codes are the bits of characters
+    code: Literal["index", "bytes"] = "index"    # bits of the place in the alphabet, or UTF-8
+    head: Literal["softmax", "bits"] = "softmax" # predict characters, or each bit alone
+    loss: Literal["ce", "elbo"] = "ce"           # cross-entropy, or the bound
+
+
+@dataclass(frozen=True)
+class Embed(Codes):   # embed_diffusion.py: the codes are embeddings of characters
+    dim: int = 16                  # of an embedding
+    table_init: Literal["small", "unit", "free"] = "unit"   # std 0.02, norm row_norm, std 1
+    row_norm: float = 2.65         # of table_init=unit: that of 7 bits in analog_bits.py
+    train_table: bool = True
+    table: str = ""                # start from this text file: a character and its numbers a line
+    predict: Literal["eps", "x0", "tokens"] = "tokens"
+    loss: Literal["simple", "ce", "elbo", "diffusion-lm"] = "ce"   # tokens: ce or elbo
+    gamma_min: float = -4.0        # -log SNR at the clean end
+    gamma_max: float = 8.0         # and where all is noise
+    use_positions: bool = True     # False: the network cannot tell the order of what it reads
+    fluency: float = 0.0           # weight of a bigram term in the loss
+
+    def __post_init__(self):
+        super().__post_init__()
+        losses = {"tokens": ("ce", "elbo"), "x0": ("simple", "diffusion-lm"), "eps": ("simple",)}
+        check(self.loss in losses[self.predict],
+              f"predict={self.predict} has loss={' or '.join(losses[self.predict])}")
+        needs_tokens = self.self_cond or self.output_prior or self.feed_posterior
+        needs_tokens = needs_tokens or self.stagger or self.prompts or self.fluency
+        check(self.predict == "tokens" or not needs_tokens,
+              "self_cond, output_prior, feed_posterior, stagger, prompts and fluency need "
+              f"predict=tokens, not {self.predict}")
+        check(not self.table or self.table_init == "unit", "table needs table_init=unit")
+
+# From the documents' baseline, which fails, to its cure, one change at a time.
+LADDER = {
+    "baseline": dict(table_init="small", row_norm=1.0, train_table=False, predict="eps",
+                     loss="simple", schedule="linear", gamma_min=-9.2, gamma_max=10.0,
+                     use_positions=False, self_cond=False, output_prior=False,
+                     feed_posterior=False, stagger=0.0, prompts=0.0, time=True),
+    "positions": dict(use_positions=True),                # the network can tell the order
+    "unit": dict(table_init="unit"),                      # rows of norm 1, not 0.02 a number
+    "x0": dict(predict="x0"),                             # predicts the embedding, not the noise
+    "softmax": dict(predict="tokens", loss="ce"),         # predicts characters: learned rounding
+    "learned": dict(train_table=True),                    # trains the table with the network
+    "range": dict(gamma_min=-6.0, gamma_max=6.0),         # where rows of norm 1 differ at all
+    "prior": dict(output_prior=True),
+    "sqrt": dict(schedule="sqrt"),                        # trains where there is most to learn
+    "selfcond": dict(self_cond=True),
+    "hint": dict(feed_posterior=True),
+    "timeless": dict(time=False),                         # the network can see the noise level
+    "turns": dict(stagger=3.0),                           # characters come one after another
+    "scaled": dict(row_norm=2.65, gamma_min=-4.0, gamma_max=8.0),   # the same for longer rows
+}
+EMBED_RECIPES = {}                   # each rung stands on all before it
+rungs = {}
+for rung, change in LADDER.items():
+    rungs = rungs | change
+    EMBED_RECIPES[rung] = rungs
+EMBED_RECIPES |= {
+    "best": {**rungs, "prompts": 0.25},
+    "orderless": {**rungs, "use_positions": False},       # the last rung without the first cure
+    "diffusion-lm": {**EMBED_RECIPES["x0"], "table_init": "free", "train_table": True,
+                     "loss": "diffusion-lm", "schedule": "sqrt", "gamma_min": -4.6,
+                     "gamma_max": 10.0},                  # Li et al. 2022
+}
+
+
+@dataclass(frozen=True)
+class Writing(Settings):   # every script that writes text
+    out: str = ""                  # a run's folder or a checkpoint; empty: the newest finished run
+    prompt: str = ""               # {12}: blank of 12, {20-60}: of unknown length, {{: a brace
+    length: int = 0                # characters in all; 0: the prompt's if it has blanks, or a block
+    n: int = 1                     # texts
+    seed: int = 1337
+    watch: bool = False            # live in the terminal
+
+
+@dataclass(frozen=True)
+class Sample(Writing):   # generate.py: how a masked model or the baseline writes
     steps: int = 256               # network calls per block, at most
-    order: Literal["random", "confidence", "margin", "entropy"] = "margin"             # which masked character next
-    counts: Literal["even", "documents", "cosine", "entropy"] = "even"                 # how many in one call
-    apart: int = 4                 # characters revealed in one call are farther apart than this, while there are such
-    gamma: float = 0.1             # counts=entropy: reveal while sum of entropies - the largest <= gamma (nats)
-    temperature: float = 0.9       # 0 takes the likeliest character; 1, order=random, remask=0 samples the model that has the bound
-    top_k: int = 0                 # only the k likeliest characters; 0: all
-    remask: float = 0.01           # share of the revealed characters masked again after each call, at least one once all are
-    remask_by: Literal["random", "confidence"] = "confidence"   # confidence: those that were unlikely when revealed
-    seed: int = 1337
-
-    def __post_init__(self):
-        at_least(self, 1, "steps")
-        at_least(self, 0, "apart", "gamma", "temperature", "top_k", "remask", "seed")
-        if self.remask > 1:
-            raise SystemExit(f"remask={self.remask} is a share, at most 1")
+    order: Literal["random", "confidence", "margin", "entropy"] = "margin"     # which comes first
+    counts: Literal["even", "documents", "cosine", "entropy"] = "even"         # how many per call
+    min_distance: int = 4          # characters revealed in one call are farther apart than this
+    entropy_bound: float = 0.1     # counts=entropy: sum of entropies - the largest, in nats
+    temperature: float = 0.9       # 0: the likeliest character
+    top_k: int = 0                 # only the k likeliest; 0: all
+    remask: float = 0.01           # share of the revealed characters masked again after each call
 
 
 @dataclass(frozen=True)
-class Sample(Sampler):   # generate.py: what to write; never what the network is
-    out: str = ""                  # folder of a run or a checkpoint; empty: out/masked if trained, else the one in results/
-    prompt: str = ""               # {12} is a blank of 12 characters, {20-60} one of unknown length, \n a new line, {{ a brace
-    length: int = 0                # characters in all; 0: the prompt if it has blanks, else one block
-    n: int = 1                     # texts
-    watch: bool = False            # the unmasking, live in the terminal
-    svg: str = ""                  # write the unmasking as an animated picture
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 1, "n")
-        at_least(self, 0, "length")
-        if max(self.length, self.n) > 10 ** 6:
-            raise SystemExit(f"length={self.length}, n={self.n}: a million is the most")
-
-
-@dataclass(frozen=True)
-class Picture:   # mnist_ddpm.py sample: which digits, and how they are made
-    out: str = ""                  # folder of a run or a checkpoint; empty: out/mnist
-    n: int = 64
-    digit: int = -1                # 0 to 9; -1: all in turn
-    guidance: float = 1.4          # 1: as trained with labels, 0: without; above 1 exaggerates the label
-    steps: int = 50
-    sampler: Literal["ddim", "ancestral"] = "ddim"
-    td: float = 0.0                # take the state so many steps further than its label says (asymmetric time intervals)
-    clip: bool = True              # keep the guess of the picture in [-1, 1]
-    trace: bool = False            # also a strip from noise to digit, and the same moving
-    png: str = ""                  # where to; empty: samples.png in the folder of the run
-    seed: int = 1337
-
-    def __post_init__(self):
-        at_least(self, 1, "n", "steps")
-        at_least(self, 0, "guidance", "td", "seed")
-        if not -1 <= self.digit <= 9 or self.n > 10 ** 6:
-            raise SystemExit(f"digit={self.digit}, n={self.n}: a digit is 0 to 9 (-1: all), a million pictures are the most")
-
-
-@dataclass(frozen=True)
-class CodeSampler:   # analog_bits.py sample: how text is made from noise
-    out: str = ""                  # folder of a run or a checkpoint; empty: the folder that training wrote
-    prompt: str = ""               # {12} is a blank of 12 characters, \n a new line, {{ a brace
-    length: int = 0                # characters in all; 0: the prompt if it has blanks, else one block
-    n: int = 1                     # texts
-    steps: int = 50                # network calls (twice as many passes with twice)
+class CodeSampler(Writing):   # analog_bits.py sample
+    steps: int = 50                # of one network call, with two_pass of two
     sampler: Literal["ddim", "ancestral"] = "ancestral"
-    td: float = 0.0                # take the state so many steps further than its label says (asymmetric time intervals)
-    twice: bool = False            # the guess shown to the network is of a first pass at the same step, not of the step before
-    replace: bool = False          # prompts as noisy as the rest, for networks that never saw a clean part (prompts=0, spread=0)
-    watch: bool = False            # the text out of the noise, live in the terminal
-    seed: int = 1337
-
-    def __post_init__(self):
-        at_least(self, 1, "n", "steps")
-        at_least(self, 0, "length", "td", "seed")
-        if max(self.length, self.n) > 10 ** 6:
-            raise SystemExit(f"length={self.length}, n={self.n}: a million is the most")
+    td: float = 0.0                # asymmetric time intervals: steps taken beyond the label
+    two_pass: bool = False         # self-condition on a first pass at this step, not the last step
 
 
 @dataclass(frozen=True)
 class EmbedSampler(CodeSampler):   # embed_diffusion.py sample
-    mode: Literal["diffusion", "blocks", "guided"] = "diffusion"   # blocks: a few characters at a time, each block given those before; guided: the
-    #                                probabilities of the characters are the network's and those of an autoregressive twin, multiplied
-    block: int = 32                # characters in a block
-    twin: str = ""                 # guided: the twin's checkpoint; empty: results/judge.pt
-    weight: float = 0.5            # guided: of the twin, from 0 to 1; the network has the rest
-    steer: str = ""                # towards no:e (no e), only:abc, at:5=T (a T at position 5), line:40 (lines of 40 characters)
-    strength: float = 2.0          # of steering: how many times the gradient of the logarithm of that probability
-    rounding: Literal["", "learned", "cosine", "clamp"] = ""   # from guess to character. learned: the network's probabilities; cosine: the row at
-    #                                the smallest angle; clamp: learned, and each guess becomes the row of its likeliest character, or of the
-    #                                nearest (Diffusion-LM); empty: learned, but cosine where weight=simple has taught the network none
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 1, "block")
-        at_least(self, 0, "weight", "strength")
-        if self.weight > 1:
-            raise SystemExit(f"weight={self.weight} is a share, at most 1")
+    mode: Literal["diffusion", "blocks", "guided"] = "diffusion"
+    block: int = 32                # mode=blocks: characters written at a time
+    ar: str = ""                   # mode=guided: the baseline's checkpoint; empty: results/judge.pt
+    ar_weight: float = 0.5         # mode=guided: 0 the network alone, 1 the baseline alone
+    steer: str = ""                # no:e (no e), only:abc, at:5=T, line:40 (lines of 40)
+    strength: float = 2.0          # of steering
+    rounding: Literal["", "learned", "cosine", "clamp"] = ""   # "": learned where it was learned
 
 
 @dataclass(frozen=True)
-class Evaluate(Sampler):   # evaluate.py: which checkpoints, and how much of each measurement
-    out: str = ""                  # checkpoints or folders of runs, separated by commas; empty: all under out/ and results/
-    frontier: bool = False         # samples at four temperatures, too
-    quick: bool = False            # train tiny versions of all four and the twin first, where out/quick lacks them, and report on these alone
-    report: bool = False           # write the page, out/report.html
-    json: str = ""                 # write what was measured to this file
-    dataset: str = ""              # the path of the text of checkpoints that were trained on a file
-    data_dir: str = ""             # where corpora are kept; empty: data/ beside the scripts
-    judge: str = ""                # an autoregressive checkpoint that scores samples; empty: results/judge.pt
-    bound: bool = True             # the bound over the whole validation split
-    draws: int = 2                 # sets of masks or noise it is averaged over; their spread is the error ± draws
-    exact: int = 200               # with bound: windows for the exact left-to-right likelihood of a masked model; 0: none
-    n: int = 200                   # blocks to sample, and held-out blocks to infill; 0: none
-    digits: int = 10000 if GPU else 1000                   # pictures to sample; 0: none
-    gaussian_steps: int = 50       # bits and pixels: how they are sampled, as in Picture and CodeSampler
-    guidance: float = Picture.guidance
-    sampler: Literal["", "ddim", "ancestral"] = ""         # empty: what each takes by itself
-    td: float = 0.0
-    twice: bool = False
-    rounding: Literal["", "learned", "cosine", "clamp"] = ""   # of embeddings, as in EmbedSampler
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 0, "exact", "n", "digits", "guidance", "td")
-        at_least(self, 1, "gaussian_steps")
-        at_least(self, 2, "draws")
-        if 1 in (self.n, self.exact) or 0 < self.digits < 10:
-            raise SystemExit("n and exact must be 0, or 2 and more: one has no error; digits 0, or 10 and more: one of each")
+class ImageSampler(Settings):   # mnist_ddpm.py sample
+    out: str = ""                  # a run's folder or a checkpoint; empty: the newest finished run
+    n: int = 64                    # pictures
+    seed: int = 1337
+    steps: int = 50
+    sampler: Literal["ddim", "ancestral"] = "ddim"
+    td: float = 0.0                # asymmetric time intervals: steps taken beyond the label
+    digit: Literal[-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9] = -1   # -1: all in turn
+    guidance: float = 1.4          # 1: as trained with labels, 0: without
+    clip: bool = True              # keep predicted pictures in [-1, 1]
+    trace: bool = False            # also a strip from noise to digit
+    png: str = ""                  # where to; empty: samples.png in the folder of the run
 
 
-def at_least(c, least, *names):
-    """One line and exit 1 for the first setting below `least` (or not a finite number)."""
-    for name in names:
-        if not least <= getattr(c, name) < math.inf:
-            raise SystemExit(f"{name}={getattr(c, name)} must be {least} or more")
+# -------------------------------------------------------------------------------------------------
+# the command line
+
+def print0(line):
+    """Print from the first process only, above a progress bar. A closed pipe stops no training."""
+    if RANK == 0:
+        with contextlib.suppress(OSError):
+            tqdm.write(str(line))
 
 
-def parse(argv, cfg):
-    """cfg with the --name=value overrides of argv, before them those of --recipe=NAME where cfg has recipes; a wrong name, type or choice
-    is one line and exit 1 (SystemExit)."""
-    types, changed, recipes = {f.name: f.type for f in fields(cfg)}, {}, getattr(cfg, "recipes", {})
+def check(ok, message):
+    """Unless ok, end with one line and exit code 1."""
+    if not ok:
+        raise SystemExit(message)
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError
+    return text.lower() in ("true", "1")
+
+
+def parse(argv, settings, recipes=None):
+    """--name=value arguments -> dict of what was typed, for a dataclass `settings`.
+    recipes: {name: dict}; --recipe=NAME gives its settings, where they are not typed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="store_true")
+    for f in fields(settings):
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", type=boolean, nargs="?", const=True)
+        else:
+            choices = get_args(f.type) or None
+            parser.add_argument(f"--{f.name}", type=type(f.default), choices=choices)
     if recipes:
-        types["recipe"] = Literal[tuple(recipes)]
-    for arg in argv:
-        if arg in ("-h", "--help"):
-            print("\n".join(inspect.getsource(k) for k in type(cfg).__mro__[-2::-1]))
-            print("\n".join(f"--recipe={name}: {settings}" for name, settings in getattr(cfg, "recipes", {}).items()))
-            raise SystemExit(0)
-        name, eq, text = arg.removeprefix("--").partition("=")
-        if name not in types and arg.startswith("--"):
-            near = difflib.get_close_matches(name, types, 1)
-            raise SystemExit(f"no setting {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; there are: {', '.join(types)}"))
-        kind = types.get(name)
-        if not arg.startswith("--") or not (eq or kind is bool):
-            raise SystemExit(f"write --{name if kind else next(iter(types))}=VALUE, not {arg!r}")
-        changed[name] = convert(name, kind, text if eq else "True")
-    return replace(cfg, **(recipes.get(changed.pop("recipe", ""), {}) | changed))
-
-
-def convert(name, kind, text):
-    """The value of `text` as type `kind`: str, int, float, bool, or one of the words of a Literal."""
-    if get_args(kind):
-        if text not in get_args(kind):
-            raise SystemExit(f"--{name}: one of {', '.join(get_args(kind))}, got {text!r}")
-        return text
+        parser.add_argument("--recipe", choices=recipes)
     try:
-        return {"true": True, "false": False, "1": True, "0": False}[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        raise SystemExit(f"--{name}: expected {kind.__name__}, got {text!r}") from None
+        known, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise SystemExit(str(error)) from None
+    typed = vars(known)
+    if "help" in typed:
+        for parent in reversed(settings.__mro__[:-2]):       # all but Settings and object
+            print(inspect.getsource(parent))
+        for name, values in (recipes or {}).items():
+            print(f"--recipe={name}: {values}")
+        raise SystemExit(0)
+    if unknown:
+        names = [f"--{f.name}" for f in fields(settings)]
+        similar = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1) or names
+        raise SystemExit(f"no setting {unknown[0]!r}, did you mean {' '.join(similar)}?")
+    if "recipe" in typed:
+        typed = recipes[typed.pop("recipe")] | typed
+    return typed
 
 
 def run(main):
-    """main(argv) of a script: utf-8 out whatever the terminal claims, and Ctrl-C is no traceback."""
+    """Call main(argv). What a user can do about ends in one line: Ctrl-C, a full disk, a folder
+    that cannot be written, too little memory."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except OSError as e:   # a folder that cannot be written, a full disk, a closed pipe
-        raise SystemExit(f"{type(e).__name__}: {e}") from None
-    except RuntimeError as e:
-        if "memory" not in str(e):
+    except OSError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    except RuntimeError as error:
+        if "memory" not in str(error):
             raise
-        raise SystemExit(f"out of memory: {str(e).splitlines()[0]}") from None
+        raise SystemExit(f"out of memory: {str(error).splitlines()[0]}") from None

@@ -1,13 +1,10 @@
-"""Corpora and images of digits: find, fetch, verify, encode, batch; and prompts with blanks.
-
-A corpus is downloaded once to data_dir, checked against its sha256 (or its published size) and renamed into place: a file that was
-cut, or is something else, is told and never used."""
+"""Text: download, verify, tokenize, batch. A corpus is downloaded once to data/ and checked; a file
+that was cut, or is something else, is never used."""
 import codecs
 import gzip
 import hashlib
-import math
+import io
 import os
-import re
 import shutil
 import urllib.request
 import zipfile
@@ -17,213 +14,119 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import DEVICE, HERE
+from config import COLOR, DEVICE, HERE, check, print0
 
-CORPORA = {   # name: (file, addresses, sha256 of the unpacked file or its size in bytes)
-    "shakespeare": ("tinyshakespeare.txt", ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
-                    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "warpeace": ("warpeace.txt", ["https://cs.stanford.edu/people/karpathy/char-rnn/warpeace_input.txt"],
-                 "fb66ba999dafe24017cdd59e04c56d385a9c8466993d374fd4c6f08b2142985e"),
-    "text8": ("text8", ["https://mattmahoney.net/dc/text8.zip", "http://mattmahoney.net/dc/text8.zip"], 100_000_000),
-    "enwik8": ("enwik8", ["https://mattmahoney.net/dc/enwik8.zip", "http://mattmahoney.net/dc/enwik8.zip"], 100_000_000),
+KARPATHY = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data"
+MAHONEY = "mattmahoney.net/dc"
+CORPORA = {   # name: (file, addresses, its sha256 or else its size in bytes)
+    "shakespeare": (
+        "tinyshakespeare.txt",
+        [f"{KARPATHY}/tinyshakespeare/input.txt"],
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "warpeace": (
+        "warpeace.txt",
+        ["https://cs.stanford.edu/people/karpathy/char-rnn/warpeace_input.txt"],
+        "fb66ba999dafe24017cdd59e04c56d385a9c8466993d374fd4c6f08b2142985e"),
+    "text8": (
+        "text8", [f"https://{MAHONEY}/text8.zip", f"http://{MAHONEY}/text8.zip"], 100_000_000),
+    "enwik8": (
+        "enwik8", [f"https://{MAHONEY}/enwik8.zip", f"http://{MAHONEY}/enwik8.zip"], 100_000_000),
 }
-MNIST = {   # the same for the four files of MNIST
-    name: (f"mnist/{file}.gz", [f"{host}/{file}.gz" for host in ("https://ossci-datasets.s3.amazonaws.com/mnist",
-                                                                 "https://storage.googleapis.com/cvdf-datasets/mnist")], check)
-    for name, file, check in (
-        ("train images", "train-images-idx3-ubyte", "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-        ("train labels", "train-labels-idx1-ubyte", "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-        ("test images", "t10k-images-idx3-ubyte", "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-        ("test labels", "t10k-labels-idx1-ubyte", "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"))}
-FONT = (" ### |  #  | ### | ### |   # |#####| ### |#####| ### | ### ",   # 5 x 7 a digit, 0 to 9
-        "#   #| ##  |#   #|#   #|  ## |#    |#   #|    #|#   #|#   #",
-        "#   #|  #  |    #|    #| # # |#### |#    |   # |#   #|#   #",
-        "#   #|  #  |   # |  ## |#  # |    #|#### |   # | ### | ####",
-        "#   #|  #  |  #  |    #|#####|    #|#   #|  #  |#   #|    #",
-        "#   #|  #  | #   |#   #|   # |#   #|#   #|  #  |#   #|#   #",
-        " ### | ### |#####| ### |   # | ### | ### |  #  | ### | ### ")
 
 
-def right(path, check):
-    """Whether the file is what it should be: its sha256, unpacked if it is gzip (a str), or its size in bytes (an int)."""
-    if isinstance(check, int):
-        return path.stat().st_size == check
-    raw = path.read_bytes()
-    try:
-        return hashlib.sha256(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).hexdigest() == check
-    except (OSError, EOFError, zlib.error):   # gzip that is cut or damaged
-        return False
+class CharTokenizer:
+    """Text to ids and back, one character an id. id V = len(chars) is MASK, shown as a dot.
+    With is_bytes a character is a byte of the text's UTF-8."""
 
-
-def fetch(urls, path, check, timeout=10):
-    """Download the first of urls that answers to path, unzipped if it is a .zip, verified, renamed into place.
-
-    timeout is in seconds of silence. Raises OSError with one line saying what happened at every address."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, told = path.with_name(f"{path.name}.{os.getpid()}.part"), []
-    for url in urls:
-        try:
-            with urllib.request.urlopen(url, timeout=timeout) as r, part.open("wb") as f:
-                size = int(r.headers.get("Content-Length") or 0)
-                with tqdm.wrapattr(r, "read", total=size or None, desc=f"downloading {path.name}", leave=False) as body:
-                    shutil.copyfileobj(body, f, 1 << 16)
-            if part.stat().st_size < size:
-                raise OSError(f"cut after {part.stat().st_size:,} of {size:,} bytes")
-            if url.endswith(".zip"):
-                with zipfile.ZipFile(part) as z, z.open(path.name) as r, path.with_name(part.name + "2").open("wb") as f:
-                    shutil.copyfileobj(r, f)
-                os.replace(path.with_name(part.name + "2"), part)
-            if not right(part, check):
-                raise OSError(f"not the right file ({part.stat().st_size:,} bytes)")
-            os.replace(part, path)
-            return
-        except (OSError, EOFError, ValueError, KeyError, NotImplementedError, HTTPException, zipfile.BadZipFile, zlib.error) as e:
-            told.append(f"{url}: {str(e) or type(e).__name__}")
-        finally:
-            part.unlink(missing_ok=True)
-            path.with_name(part.name + "2").unlink(missing_ok=True)
-    raise OSError("; ".join(told))
-
-
-def find(name, folder, timeout=10):
-    """The path of a known corpus or MNIST file in folder, downloaded if it is not there. Raises OSError with one line."""
-    file, urls, check = (CORPORA | MNIST)[name]
-    path = folder / file
-    if not path.exists():
-        try:
-            fetch(urls, path, check, timeout)
-        except OSError as e:
-            raise OSError(f"{path} is not there and could not be downloaded ({e})") from None
-    if not right(path, check):
-        raise OSError(f"{path} is not {name}: cut, or another file; delete it and it is downloaded again")
-    return path
-
-
-def read(name, folder):
-    """(text, where it came from, a warning or "") of a dataset: a known name, auto, pydoc, or the path of a text file."""
-    if name == "auto":
-        try:
-            return *read("shakespeare", folder)[:2], ""
-        except SystemExit as e:
-            text, source, _ = read("pydoc", folder)
-            return text, source, f"NO TINY SHAKESPEARE, TRAINING ON PYTHON'S OWN DOCUMENTATION (pydoc) INSTEAD: {e}"
-    if name == "pydoc":
-        from pydoc_data import topics
-        return "\n\n".join(topics.topics[k] for k in sorted(topics.topics)), "pydoc", ""
-    try:
-        path = find(name, folder, timeout=5) if name in CORPORA else Path(name)
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise SystemExit(f"no dataset {name!r}: one of auto, {', '.join(CORPORA)}, pydoc, or the path of a text file") from None
-    except OSError as e:
-        raise SystemExit(f"dataset {name}: {e}") from None
-    if name == "enwik8":
-        return raw.decode("latin-1"), "enwik8", ""                # a character is a byte
-    if b"\0" in raw:
-        raise SystemExit(f"{path} is not text: it has zero bytes")
-    try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n"), name if name in CORPORA else f"file {path.name}", ""
-    except UnicodeDecodeError as e:
-        raise SystemExit(f"{path} is not UTF-8 text: byte {e.start} is {raw[e.start]:#04x}") from None
-
-
-class Alphabet:
-    """The characters of a corpus, in order: text to token ids and back. One past the last is MASK. With raw, characters are bytes."""
-
-    def __init__(self, chars, raw=False):
-        self.chars, self.raw = chars, raw
+    def __init__(self, chars, is_bytes=False):
+        self.chars = chars
+        self.is_bytes = is_bytes
+        self.ids = np.full(0x110000, -1)                               # of every code point
+        self.ids[[ord(ch) for ch in chars]] = np.arange(len(chars))
 
     def __len__(self):
         return len(self.chars)
 
     def encode(self, text):
-        """str -> np.int64 (len,). SystemExit names the first character that the alphabet lacks."""
-        table = np.full(0x110000, -1, np.int64)
-        table[[ord(ch) for ch in self.chars]] = np.arange(len(self.chars))
-        ids = table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
+        """str -> np.int64 (len,)"""
+        if self.is_bytes:
+            text = as_bytes(text)
+        ids = self.ids[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
         if (ids < 0).any():
-            raise SystemExit(f"the model has never seen {text[int(np.argmin(ids))]!r}; its alphabet is {self.chars!r}")
+            unknown = text[ids.argmin()]
+            raise SystemExit(f"the model has never seen {unknown!r}, only {self.chars!r}")
         return ids
 
     def decode(self, ids):
-        """Token ids (any sequence of int) -> str; what is still masked is shown as a middle dot."""
-        return "".join(self.show(i) for i in ids) if not self.raw else \
-            b"".join(self.show(i).encode("latin-1" if i < len(self) else "utf-8") for i in ids).decode("utf-8", "replace")
+        return "".join(self.decode_each(ids))
 
-    def show(self, i):
-        return self.chars[i] if i < len(self.chars) else "·"
+    def decode_each(self, ids):
+        """ids -> the text of each. Of a character of several bytes the last one has it all."""
+        texts = [self.chars[i] if i < len(self) else "·" for i in ids]
+        if not self.is_bytes:
+            return texts
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for n, text in enumerate(texts):
+            byte = text.encode("utf-8" if text == "·" else "latin-1")
+            texts[n] = decoder.decode(byte, final=n == len(texts) - 1)
+        return texts
 
-    def glyphs(self, ids):
-        """What each of the token ids shows: a character, or with raw nothing but for the last byte of one."""
-        if not self.raw:
-            return [*map(self.show, ids)]
-        join = codecs.getincrementaldecoder("utf-8")("replace").decode
-        return [join(self.show(i).encode("latin-1" if i < len(self) else "utf-8"), n == len(ids)) for n, i in enumerate(ids, 1)]
-
-    def paint(self, ids, sure, color=True):
-        """Token ids and confidences in [0, 1] as text for a terminal: from red (a guess) to green (certain), masked ones dim."""
-        if not color:
+    def paint(self, ids, confidence):
+        """Text in colours where a terminal shows them, from red (a guess) to green (certain)."""
+        if not COLOR:
             return self.decode(ids)
-        shades = (203, 209, 215, 221, 185, 149, 113)
-        colors = [240 if i >= len(self) else shades[int(p * 6.99)] for i, p in zip(ids, sure, strict=True)]
-        glyphs = self.glyphs(ids)
-        glyphs = ["".join(ch if ch.isprintable() or ch in "\n\t" else "\ufffd" for ch in g) for g in glyphs]      # no stray control codes
-        return "".join(f"\x1b[38;5;{shade}m{g}" for shade, g in zip(colors, glyphs, strict=True)) + "\x1b[0m"
+        shades = [203, 209, 215, 221, 185, 149, 113]
+        painted = ""
+        for i, p, text in zip(ids, confidence, self.decode_each(ids), strict=True):
+            shade = shades[int(p * 6.99)] if i < len(self) else 240    # MASK is grey
+            if not text.isprintable() and text not in "\n\t":
+                text = "\ufffd"                                        # no stray control codes
+            painted += f"\x1b[38;5;{shade}m{text}"
+        return painted + "\x1b[0m"
 
-    def pieces(self, text):
-        """A prompt in pieces (their text, the lengths they may have): none for characters, \\n being a new line and {{ a brace; one for {12}, a
-        blank of 12 characters; a range for {20-60}, a blank of unknown length."""
-        pieces = []
-        for piece, a, b in re.findall(r"((?:\{\{|[^{])+|\{(\d{1,6})(?:-(\d{1,6}))?\}|\{)", text):
-            if piece == "{" or a and not 0 < int(a) <= int(b or a):
-                raise SystemExit(f"prompt {text!r}: a blank is written {{12}} or {{20-60}}, a brace {{{{")
-            pieces.append((piece, range(int(a), int(b or a) + 1) if a else range(0)))
-        return pieces
 
-    def prompt(self, text):
-        """A prompt -> (ids, known), int64 and bool (L,), of `pieces`; SystemExit where there is a blank whose length is still unknown."""
-        ids, known = [], []
-        for piece, lengths in self.pieces(text):
-            if len(lengths) > 1:
-                raise SystemExit(f"{piece}: a blank of unknown length needs a masked checkpoint")
-            literal = "" if lengths else piece.replace("{{", "{").replace("\\n", "\n")
-            if self.raw:
-                literal = literal.encode("utf-8").decode("latin-1")
-            ids += [0] * sum(lengths) + self.encode(literal).tolist()
-            known += [False] * sum(lengths) + [True] * len(literal)
-        return torch.tensor(ids, dtype=torch.long), torch.tensor(known, dtype=torch.bool)
+def as_bytes(text):
+    """The UTF-8 of text, a character a byte."""
+    return text.encode("utf-8", "surrogateescape").decode("latin-1")
 
 
 class Text:
-    """A corpus on the device, a byte or two a character: .batch(n) for training, .val (W, T) for the bound. raw: a character is a byte
-    of its UTF-8."""
+    """A corpus on the device: .batch(n) for training, .val (W, T) for the bound."""
 
-    def __init__(self, c, raw=False):
-        text, self.name, self.warning = read(c.dataset, Path(c.data_dir or HERE / "data"))
-        sha256, raw = hashlib.sha256(text.encode()).hexdigest(), raw or self.name == "enwik8"
-        if raw and self.name != "enwik8":
-            text = text.encode().decode("latin-1")
-        need = 20 * c.block_size
-        if len(text) < need:
-            raise SystemExit(f"{self.name} has {len(text):,} characters; training with block_size={c.block_size} needs {need:,}")
-        if 0 < c.train_size < c.block_size:
-            raise SystemExit(f"train_size={c.train_size} is less than one block_size={c.block_size}")
-        self.alphabet = Alphabet("".join(sorted(set(text))), raw)
-        if len(self.alphabet) > 30_000:
-            raise SystemExit(f"{self.name} has {len(self.alphabet):,} different characters; 30,000 is the most")
+    def __init__(self, c, is_bytes=False):
+        text, self.name = load_text(c.dataset, Path(c.data_dir or HERE / "data"))
+        sha256 = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+        is_bytes = is_bytes or self.name == "enwik8"
+        chars = as_bytes(text) if is_bytes else text
+        self.tokenizer = CharTokenizer("".join(sorted(set(chars))), is_bytes)
+        V = len(self.tokenizer)
+        check(V <= 30_000, f"{self.name} has {V:,} different characters; 30,000 is the most")
+        dtype = np.uint8 if V < 256 else np.int16
+        ids = torch.from_numpy(self.tokenizer.encode(text).astype(dtype))
+
+        # the last tenth is held out, of text8 and enwik8 the tenth before the last
+        n = int(0.9 * len(ids))
+        train = ids[:n]
+        val = ids[n:]
+        if self.name in ("text8", "enwik8"):
+            val = val[:-5_000_000]
+        if c.train_size:
+            train = train[:c.train_size]
         self.T = c.block_size
-        ids = torch.from_numpy(self.alphabet.encode(text).astype(np.uint8 if len(self.alphabet) < 256 else np.int16))
-        end = int(.9 * len(ids))                                   # the last tenth is held out; of text8 and enwik8 the tenth before the last
-        val = ids[end:-5_000_000] if self.name in ("text8", "enwik8") else ids[end:]
-        self.train = ids[:end][:c.train_size or end].to(DEVICE)
-        self.val = val[:len(val) // self.T * self.T].view(-1, self.T).to(DEVICE)   # (W, T); less than one window is left over
-        self.meta = {"alphabet": self.alphabet.chars, "data": {"name": self.name, "sha256": sha256}}
+        check(len(train) >= self.T and len(val) >= 2 * self.T,
+              f"{self.name} has {len(train):,} characters to train on, {len(val):,} to validate; "
+              f"block_size={self.T} needs {self.T:,} and {2 * self.T:,}")
+        self.train = train.to(DEVICE)
+        self.val = val[:len(val) // self.T * self.T].view(-1, self.T).to(DEVICE)
+        self.unit = "byte" if is_bytes else "char"
+        self.meta = {"alphabet": self.tokenizer.chars, "is_bytes": is_bytes,
+                     "data": {"name": self.name, "sha256": sha256}}
 
     def __str__(self):
-        return f"{self.name}: {len(self.train):,} characters to train, {self.val.numel():,} to validate, {len(self.alphabet)} different"
+        return (f"{self.name}: {len(self.train):,} characters to train, {self.val.numel():,} to "
+                f"validate, {len(self.tokenizer)} different")
 
     def batch(self, n):
         """n random windows of the training text, int64 (n, T)."""
@@ -231,69 +134,92 @@ class Text:
         return self.train[start + torch.arange(self.T, device=DEVICE)].long()
 
 
-def mnist(folder):
-    """MNIST as published: {part: uint8 array} for train and test images (N, 28, 28) and labels (N,). Raises OSError with one line."""
-    parts = {}
-    for name in MNIST:
-        raw = gzip.decompress(find(name, folder, timeout=5).read_bytes())
-        parts[name] = np.frombuffer(raw, np.uint8, offset=16 if "images" in name else 8)
-    return {k: v.reshape(-1, 28, 28) if "images" in k else v for k, v in parts.items()}
+# -------------------------------------------------------------------------------------------------
+# files
 
-
-def digits(n_train=20_000, n_test=2_000, seed=0):
-    """MNIST's stand-in, made here: a 5 x 7 font under random rotation, shear, scale, shift, thickness and blur. The same dict;
-    the same digits for the same seed, but for a grey level or two where another CPU rounds otherwise."""
-    g, n = torch.Generator().manual_seed(seed), n_train + n_test
-    between = lambda low, high: low + (high - low) * torch.rand(n, generator=g)
-    glyphs = F.pad(torch.tensor([[[ch == "#" for ch in row.split("|")[d]] for row in FONT] for d in range(10)]).float(), (1, 1, 1, 1))
-    label = torch.randint(10, (n,), generator=g)
-    angle, shear, wide, high = between(-.25, .25), between(-.3, .3), between(1.15, 1.7), between(.95, 1.25)   # of 28 / 20
-    threshold, sharp = between(.25, .55)[:, None, None, None], between(4, 12)[:, None, None, None]
-    to_glyph = torch.stack([torch.stack([wide * angle.cos(), wide * (shear - angle.sin()), between(-.3, .3)], 1),
-                            torch.stack([high * angle.sin(), high * angle.cos(), between(-.2, .2)], 1)], 1)     # (n, 2, 3)
-    ink = torch.cat([F.grid_sample(glyphs[y][:, None], F.affine_grid(m, (len(y), 1, 28, 28), align_corners=False), align_corners=False)
-                     for y, m in zip(label.split(2000), to_glyph.split(2000), strict=True)])                    # (n, 1, 28, 28)
-    ink = torch.sigmoid((ink - threshold) * sharp) * (ink > .02)
-    ink, label = (255 * ink[:, 0]).byte().numpy(), label.byte().numpy()
-    return {"train images": ink[:n_train], "train labels": label[:n_train], "test images": ink[n_train:], "test labels": label[n_train:]}
-
-
-def patches(images, p):
-    """Images (N, 28, 28) as (N, (28 / p)^2, p^2): squares of p x p, row by row; and `whole` puts them together again."""
-    return images.unflatten(1, (-1, p)).unflatten(3, (-1, p)).transpose(2, 3).flatten(3).flatten(1, 2)
-
-
-def whole(x, p):
-    """The images (N, 28, 28) of patches x (N, (28 / p)^2, p^2)."""
-    side = math.isqrt(x.size(1))
-    return x.unflatten(2, (p, p)).unflatten(1, (side, side)).transpose(2, 3).flatten(3).flatten(1, 2)
-
-
-class Images:
-    """MNIST or its stand-in on the device, a byte a pixel, in patches: .batch(n) for training, .val (W, T, p^2) for the bound."""
-
-    def __init__(self, c):
-        folder, self.warning = Path(c.data_dir or HERE / "data"), ""
-        if c.dataset not in ("auto", "mnist", "digits"):
-            raise SystemExit(f"no images {c.dataset!r}: one of auto, mnist, digits")
+def load_text(name, folder):
+    """-> the text of a dataset, and what it is called. name: of a corpus, auto, pydoc, or the path
+    of a text file."""
+    if name == "auto":
         try:
-            self.name, parts = ("digits", digits()) if c.dataset == "digits" else ("mnist", mnist(folder))
-        except OSError as e:
-            if c.dataset == "mnist":
-                raise SystemExit(f"dataset mnist: {e}") from None
-            self.name, parts = "digits", digits()
-            self.warning = f"NO MNIST, TRAINING ON DIGITS DRAWN BY THIS PROGRAM INSTEAD: {e}"
-        self.train, self.labels, self.val, self.val_labels = (torch.from_numpy(v.copy()).to(DEVICE) for v in parts.values())
-        self.train, self.labels = self.train[:c.train_size or None], self.labels[:c.train_size or None]
-        self.train, self.val = patches(self.train, c.patch), patches(self.val, c.patch)
-        self.T = 28 * 28                                               # numbers in an example, all of which the bound counts
-        pixels = "".join(FONT).encode() if self.name == "digits" else parts["train images"].tobytes()   # CPUs round what is drawn differently
-        self.meta = {"alphabet": "", "data": {"name": self.name, "sha256": hashlib.sha256(pixels).hexdigest()}}
+            return load_text("shakespeare", folder)
+        except SystemExit as error:
+            print0(f"NO TINY SHAKESPEARE, TRAINING ON PYTHON'S DOCUMENTATION: {error}")
+            return load_text("pydoc", folder)
+    if name == "pydoc":
+        from pydoc_data.topics import topics
+        return "\n\n".join(topics[key] for key in sorted(topics)), "pydoc"
+    if name in CORPORA:
+        file, urls, expected = CORPORA[name]
+        path = folder / file
+        find(path, urls, expected)
+        source = name
+    else:
+        path = Path(name)
+        source = f"file {path.name}"
+        check(path.is_file(), f"no dataset {name!r}: one of auto, {', '.join(CORPORA)}, pydoc, "
+                              "or the path of a text file")
+    raw = path.read_bytes()
+    if name == "enwik8":
+        return raw.decode("utf-8", "surrogateescape"), source          # cut within a character
+    check(b"\0" not in raw, f"{path} is not text: it has zero bytes")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path} is not UTF-8 text, see byte {error.start}") from None
+    return text.replace("\r\n", "\n"), source
 
-    def __str__(self):
-        return f"{self.name}: {len(self.train):,} images to train, {len(self.val):,} to validate"
 
-    def batch(self, n):
-        """n random training images in patches and their labels: int64 (n, T, p^2) and (n,)."""
-        i = torch.randint(len(self.train), (n,)).to(DEVICE)
-        return self.train[i].long(), self.labels[i].long()
+def find(path, urls, expected):
+    """Download path if it is not there; end with one line unless it is the expected file."""
+    if not path.exists():
+        try:
+            download(urls, path, expected)
+        except OSError as error:
+            raise SystemExit(f"{path} is not there and could not be downloaded: {error}") from None
+    check(is_valid(path.read_bytes(), expected),
+          f"{path} is cut, or another file; delete it and it is downloaded again")
+
+
+def is_valid(raw, expected):
+    """Whether bytes have the expected size (int) or sha256 (str; of what is in them, if gzip)."""
+    if isinstance(expected, int):
+        return len(raw) == expected
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error):
+            return False
+    return hashlib.sha256(raw).hexdigest() == expected
+
+
+def read_url(url, name):
+    """The bytes at an address, with a progress bar."""
+    raw = io.BytesIO()
+    with urllib.request.urlopen(url, timeout=10) as response:
+        size = int(response.headers.get("Content-Length") or 0) or None
+        with tqdm.wrapattr(response, "read", total=size, desc=f"downloading {name}") as body:
+            shutil.copyfileobj(body, raw)
+    return raw.getvalue()
+
+
+def download(urls, path, expected):
+    """Download path from the first of urls that has the expected file. OSError: what went wrong at
+    each of them. The file appears when it is complete, under its name, or not at all."""
+    errors = []
+    for url in urls:
+        try:
+            raw = read_url(url, path.name)
+            if url.endswith(".zip"):
+                raw = zipfile.ZipFile(io.BytesIO(raw)).read(path.name)
+        except (OSError, HTTPException, zipfile.BadZipFile, zlib.error, KeyError) as error:
+            errors.append(f"{url}: {str(error).strip()}")
+            continue
+        if is_valid(raw, expected):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            part.write_bytes(raw)
+            os.replace(part, path)
+            return
+        errors.append(f"{url}: not the expected file, {len(raw):,} bytes")
+    raise OSError("; ".join(errors))

@@ -1,265 +1,345 @@
-"""Diffusion over embeddings of characters, as the documents' baseline, Diffusion-LM and the cure.  settings: config.Embed, config.EmbedSampler
+"""Gaussian diffusion over embeddings of characters: the documents' baseline, which fails, its cure,
+and Diffusion-LM. settings: config.Embed, config.EmbedSampler. Read with it: TokenDiffusion in
+gaussian.py, and of its formulas q_sample, log_likelihood, alpha_sigma and x0_from_output.
 
-    python embed_diffusion.py                                   # the cured model
-    python embed_diffusion.py --recipe=baseline                 # watch it fail, with the diagnosis; all recipes: config.EMBED
-    python embed_diffusion.py --table=glove.txt                 # begin with the rows of the alphabet in a pretrained table
+    python embed_diffusion.py
+    python embed_diffusion.py --recipe=baseline                    # config.EMBED_RECIPES has all
+    python embed_diffusion.py --table=glove.txt                    # begin with a pretrained table
     python embed_diffusion.py sample --rounding=clamp --steps=100
     python embed_diffusion.py sample --prompt="ROMEO:{200}" --watch
-    python embed_diffusion.py sample --steer="no:e" --strength=2        # or only:, at:, line:; while the text comes out of the noise
-    python embed_diffusion.py sample --mode=blocks --length=1000        # or guided, by an autoregressive twin"""
+    python embed_diffusion.py sample --steer="no:e" --strength=2   # or only:abc, at:5=T, line:40
+    python embed_diffusion.py sample --mode=blocks --length=1000
+    python embed_diffusion.py sample --mode=guided                 # by an autoregressive model
+"""
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
-import generate
-from config import HERE, Embed, EmbedSampler, parse, run
-from data import Text
-from diffusion import PLAIN, XHAT, Characters, GaussianDiffusion, scales, stratified
+from checkpoint import find_checkpoint, load, start_or_resume
+from config import (DEVICE, EMBED_RECIPES, HERE, Embed, EmbedSampler, Masked, check, parse, print0,
+                    run)
+from data import CharTokenizer, Text
+from gaussian import TokenDiffusion, alpha_sigma, q_sample, stratified_times, x0_from_output
+from generate import lay_out, parse_prompt, print_source, show_texts, write
 from model import Transformer
-from tables import pretrained
-from train import RANK, load, reseed, show_text, start
-from train import build as build_twin
+from train import build as build_ar
+from train import fit, reseed, show_text
 
-STEPS = 2000                                      # of Diffusion-LM, whose sqrt schedule
-SIGMA_0 = (1 - (1 - .0006 ** .5) / .99) ** .5     # begins with this much noise: .121
+SETTINGS = Embed
+SAMPLER = EmbedSampler
+DIFFUSION_LM_STEPS = 2000
+DIFFUSION_LM_SIGMA = (1 - (1 - 0.0006 ** 0.5) / 0.99) ** 0.5     # 0.121, noise of its first step
 
 
-class Embeddings(Characters):
-    """Codes are embeddings, which may be learned. predict=tokens: all as in CodeDiffusion; eps or x0: the network's output is K numbers."""
+class RowNorm(nn.Module):
+    """A table whose rows all have the same norm, as a function of one whose rows have any."""
 
-    wish, twin = None, None   # for sampling: what is allowed, positions (T,) -> bool (T, V); a twin's logits of its text (B, T)
-    start, free = 0, ...      # the position of the window in the text, and which of its positions (B, T) are to be written
+    def __init__(self, row_norm):
+        super().__init__()
+        self.row_norm = row_norm
 
-    def __init__(self, net, rows, c):
-        super().__init__(net, rows, c.schedule, c.weight, (c.low, c.high), c.selfcond, c.prior, c.prompts, c.spread, c.hint)
-        del self.rows
-        if c.learned:
-            self.rows = nn.Parameter(rows)
-        else:
-            self.register_buffer("rows", rows)                                        # kept in checkpoints: it was drawn
-        self.norm, self.tokens, self.fluency = c.norm if c.rows == "unit" else 0, c.predict == "tokens", c.fluency
-        if not self.tokens:
-            self.to_x, self.plain = XHAT[c.predict], PLAIN[c.predict]
-        if self.fluency:
-            self.register_buffer("pairs", torch.ones(len(rows), len(rows)))           # of characters, each once more than in the training text
+    def forward(self, table):
+        return self.row_norm * F.normalize(table, dim=1)
 
-    @property
-    def table(self):
-        """The embeddings (V, K)."""
-        return self.norm * F.normalize(self.rows, dim=1) if self.norm else self.rows
+    def right_inverse(self, table):
+        return table
 
-    def guess(self, z, gamma, extra, before=None):
-        """As in CodeDiffusion; of a network that predicts numbers, p(token) is softmax(xhat C^T), Diffusion-LM's rounding."""
-        if self.tokens:
-            return super().guess(z, gamma, extra, before)
-        xhat = self.to_x(self.output(z, gamma, extra).double(), z, *scales(gamma))
-        return xhat, (xhat.float() @ self.table.T).softmax(-1)[:, :, None]
 
-    def decide(self, z, gamma, extra, before, s):
-        """The guess that the sampler s goes on with: guided and steered, if so prepared, and rounded."""
-        guess = self.wished(z, gamma, extra, before, s) if self.wish or self.twin else self.guess(z, gamma, extra, before)
-        return self.rounded(*guess, s)
+class EmbeddingDiffusion(TokenDiffusion):
+    """TokenDiffusion over a table that may be learned. predict=x0 or eps, the arms that fail: the
+    network predicts K numbers, and a token is as likely as softmax(xhat @ table.T)."""
 
-    def rounded(self, xhat, p, s):
-        """A guess by s.rounding: learned, as it is; cosine, the row at the smallest angle; clamp, xhat becomes the likeliest row, or that nearest to
-        it if the network predicts numbers (so that it cannot be steered)."""
-        if s.rounding == "clamp":
-            near = p[:, :, 0] if self.tokens else -torch.cdist(xhat.float(), self.table)
-            return self.clean(near.argmax(-1, keepdim=True)), p
-        if s.rounding == "cosine" or not s.rounding and self.weight == "simple":      # nothing has taught such a network to round
-            angle = F.normalize(xhat.float(), dim=-1) @ F.normalize(self.table, dim=1).T
-            p = F.one_hot(angle.argmax(-1), len(self.table))[:, :, None] * angle.amax(-1).clamp(0, 1)[..., None, None]
-        return xhat, p
+    def __init__(self, net, table, c):
+        if c.train_table:
+            table = nn.Parameter(table)
+        super().__init__(net, table, c.schedule, c.loss, c.gamma_min, c.gamma_max, c.self_cond,
+                         c.output_prior, c.feed_posterior, c.prompts, c.stagger)
+        if c.table_init == "unit":
+            parametrize.register_parametrization(self, "table", RowNorm(c.row_norm))
+        self.predict = c.predict
+        self.fluency = c.fluency
+        if c.fluency:
+            V = len(table)
+            self.bigrams = nn.Buffer(torch.ones(V, V))      # counts in the training text, plus one
 
-    def wished(self, z, gamma, extra, before, s):
-        """`guess`, guided: p is p^(1 - weight) p_twin^weight, where the twin reads what is likeliest so far. And steered towards a wish y: xhat +
-        strength sigma^2 / alpha grad_z log p(y | z) is, at strength 1, the mean of x given z and y (Dhariwal & Nichol 2021), with p(y | z) by
-        this very network: every position on its way holds what is allowed there, independently."""
-        with torch.set_grad_enabled(bool(self.wish)):
-            z = z.detach().requires_grad_(bool(self.wish))
-            logp = self.logits(z, gamma, extra, before).log_softmax(-1)               # (B, T, 1, V)
-            if self.twin:
-                twin = self.twin(logp.detach()[:, :, 0].argmax(-1)).log_softmax(-1)[:, :, None]
-                logp = ((1 - s.weight) * logp + s.weight * twin).log_softmax(-1)
-            xhat, p = self.mean(logp).detach(), logp.detach().exp()
-            if self.wish:
-                allowed = self.wish(self.start + torch.arange(z.size(1))).to(z.device)                  # (T, V)
-                odds = logp[:, :, 0].masked_fill(~allowed, -math.inf).logsumexp(-1)
-                pull, = torch.autograd.grad(odds[self.free].sum(), z)
-                a, sd = scales(gamma)
-                xhat = xhat + s.strength * sd ** 2 / a * pull
-        return xhat, p
+    def predict_tokens(self, z, gamma, cond=None, x_prev=None):
+        if self.predict == "tokens":
+            return super().predict_tokens(z, gamma, cond, x_prev)
+        xhat = x0_from_output(self.predict, self.call_net(z, gamma, cond).double(), z, gamma)
+        return xhat, (xhat.float() @ self.table.T).softmax(-1)
 
     def forward(self, x0):
-        """Training loss of characters x0 (B, T)."""
-        if self.weight == "diffusion-lm":
-            return self.diffusion_lm(x0)
-        if not self.tokens:
-            return GaussianDiffusion.forward(self, (x0[..., None], x0.new_zeros(*x0.shape, 0)))
-        return super().forward(x0)
+        if self.loss == "diffusion-lm":
+            return self.diffusion_lm_loss(x0)
+        if self.predict == "tokens":
+            return super().forward(x0)
+        return self.squared_error(x0)
 
-    def diffusion_lm(self, x0):
-        """The loss of Li et al. 2022: |x - f(z)|^2, x a draw around the embedding (at the first of 2,000 steps the embedding itself), + |alpha_T
-        x|^2, which keeps embeddings small, + the cross-entropy of rounding x, not f(z), which keeps them apart; nothing else rounds."""
-        embedding, t = self.clean(x0[..., None]), stratified(len(x0), x0.device)
-        gamma = self.gamma(t)[0]
-        (a, s), (aT, _) = scales(gamma), scales(self.gamma(torch.ones_like(t))[0])
-        x = embedding + SIGMA_0 * torch.randn_like(embedding)
-        f = self.guess(a * x + s * torch.randn_like(x), gamma, x0.new_zeros(*x0.shape, 0))[0]
-        error = (torch.where((t < 1 / STEPS)[..., None], embedding, x) - f).square().mean() + (aT * x).square().mean()
-        return error.float() + F.cross_entropy((x.float() @ self.table.T).flatten(0, 1), x0.flatten())
+    def diffusion_lm_loss(self, x0):
+        """Li et al. 2022: |x - xhat|^2, x drawn around the embedding (at the first of 2,000 steps
+        it is the embedding), + |alpha_1 x|^2, which keeps embeddings small, + cross-entropy of
+        rounding x, not xhat, which keeps embeddings apart."""
+        t = stratified_times(len(x0), x0.device)
+        gamma, _ = self.gamma(t)
+        alpha_1, _ = alpha_sigma(self.gamma(torch.ones_like(t))[0])
+        embedding = self.embed_tokens(x0)
+        x = embedding + DIFFUSION_LM_SIGMA * torch.randn_like(embedding)
+        xhat = self.predict_x0(q_sample(x, gamma, torch.randn_like(x)), gamma)
+        is_first_step = (t < 1 / DIFFUSION_LM_STEPS)[..., None]
+        target = torch.where(is_first_step, embedding, x)
+        squares = (target - xhat).square().mean() + (alpha_1 * x).square().mean()
+        rounding = F.cross_entropy((x.float() @ self.table.T).flatten(0, 1), x0.flatten())
+        return squares.float() + rounding
 
     def regularizer(self, logits):
-        """Fluency: the surprise -log p(b | a) of the training text's pairs of characters, expected over what is predicted, in nats a pair."""
+        """Fluency: expected surprise -log p(b | a), in the bigrams of the training text, of
+        neighbours drawn from the predicted probabilities; nats per pair."""
         if not self.fluency:
             return 0
-        p = logits[:, :, 0].softmax(-1)
-        surprise = self.pairs.sum(1, keepdim=True).log() - self.pairs.log()           # (V, V)
-        return self.fluency * ((p[:, :-1] @ surprise) * p[:, 1:]).sum(-1).mean()
+        probs = logits.softmax(-1)                                     # (B, T, V)
+        surprise = self.bigrams.sum(1, keepdim=True).log() - self.bigrams.log()  # (V, V)
+        return self.fluency * ((probs[:, :-1] @ surprise) * probs[:, 1:]).sum(-1).mean()
+
+    def sample(self, x, known, s, locked=None, allowed=None, ar=None):
+        """As TokenDiffusion.sample. allowed (T, V) bool: steer towards these characters where they
+        are to be written. ar: a function from a text (B, T) to the logits of the autoregressive
+        baseline, which guide."""
+        if allowed is not None:
+            editable = ~known
+            if locked is not None:
+                editable = ~known & ~locked
+            allowed = allowed | ~editable[..., None]                   # (B, T, V)
+
+        def predict_tokens(z, gamma, x_prev):
+            if ar is None and allowed is None:
+                xhat, probs = self.predict_tokens(z, gamma, x_prev=x_prev)
+            else:
+                xhat, probs = self.guided_prediction(z, gamma, x_prev, s, allowed, ar)
+            return self.round(xhat, probs, s.rounding)
+        return super().sample(x, known, s, locked, predict_tokens)
+
+    def guided_prediction(self, z, gamma, x_prev, s, allowed, ar):
+        """Guided by ar: probs is probs^(1 - weight) ar_probs^weight, where the autoregressive model
+        reads the likeliest characters. Steered to y, that each position has an allowed character:
+        xhat + strength sigma^2 / alpha grad_z log p(y | z), at strength 1 the mean of x given z and
+        y (Dhariwal & Nichol 2021). p(y | z) is of this network, independent over positions."""
+        steer = allowed is not None
+        with torch.set_grad_enabled(steer):
+            z = z.detach().requires_grad_(steer)
+            log_probs = self.logits(z, gamma, x_prev=x_prev).log_softmax(-1)  # (B, T, V)
+            if ar is not None:
+                ar_log_probs = ar(log_probs.detach().argmax(-1)).log_softmax(-1)
+                log_probs = (1 - s.ar_weight) * log_probs + s.ar_weight * ar_log_probs
+                log_probs = log_probs.log_softmax(-1)
+            probs = log_probs.detach().softmax(-1)
+            xhat = self.expected_embedding(probs)
+            if not steer:
+                return xhat, probs
+            log_p_y = log_probs.masked_fill(~allowed, -math.inf).logsumexp(-1)  # (B, T)
+            pull, = torch.autograd.grad(log_p_y.sum(), z)
+        alpha, sigma = alpha_sigma(gamma)
+        return xhat + s.strength * sigma ** 2 / alpha * pull, probs
+
+    def round(self, xhat, probs, rounding):
+        """learned: nothing to do. clamp: xhat becomes the row of the likeliest token, or if numbers
+        are predicted the nearest row (Diffusion-LM). cosine: the token is the row at the smallest
+        angle, the default of networks that nothing has taught to round."""
+        if rounding == "clamp":
+            score = probs
+            if self.predict != "tokens":
+                score = -torch.cdist(xhat.float(), self.table)
+            return self.embed_tokens(score.argmax(-1)), probs
+        if rounding == "cosine" or rounding == "" and self.loss == "simple":
+            cosine = F.normalize(xhat.float(), dim=-1) @ F.normalize(self.table, dim=1).T
+            best, token = cosine.max(-1)                               # (B, T)
+            probs = F.one_hot(token, len(self.table)) * best.clamp(0, 1)[..., None]
+        return xhat, probs
 
 
 def build(c, meta):
-    """The method of a run: c its Embed settings, meta its alphabet."""
     V = len(meta["alphabet"])
-    net = Transformer(c, nn.Linear(c.dim * (1 + c.selfcond) + V * c.hint, c.n_embd), V if c.predict == "tokens" else c.dim, positions=c.positions)
-    return Embeddings(net, torch.randn(V, c.dim) * (.02 if c.rows == "small" else 1), c)
+    n_in = c.dim + c.dim * c.self_cond + V * c.feed_posterior
+    n_out = V if c.predict == "tokens" else c.dim
+    net = Transformer(c, nn.Linear(n_in, c.n_embd), n_out, use_positions=c.use_positions)
+    scale = 0.02 if c.table_init == "small" else 1
+    return EmbeddingDiffusion(net, scale * torch.randn(V, c.dim), c)
 
 
-def begin(method, data, c):
-    """Give a method that is to be trained what it takes from elsewhere: from the training text the counts of its pairs of characters, from the
-    file c.table, if one is named, its rows; and say what that lacks."""
-    if c.fluency:
-        pairs = data.train[:-1].long() * len(data.alphabet) + data.train[1:].long()
-        method.pairs += torch.bincount(pairs.flatten(), minlength=method.pairs.numel()).view_as(method.pairs).cpu()
-    if c.table and not c.resume:
-        rows, missing = pretrained(c.table, data.alphabet.chars, c.dim)               # drawn after the network, which a table leaves as it is
-        method.rows.data.copy_(rows)
-        if missing and RANK == 0:
-            print(f"{c.table} lacks {len(missing)} of {len(rows)} characters: {missing[:80]!r}{' ...' * (len(missing) > 80)}; they begin at random")
+def sample(argv):
+    s = EmbedSampler(**parse(argv, EmbedSampler))
+    path = find_checkpoint(s.out, "embed")
+    method, c, meta = load(path, Embed, build, ["embed"])
+    tokenizer = CharTokenizer(meta["alphabet"], meta["is_bytes"])
+    T = c.block_size
+    pieces = parse_prompt(s.prompt, tokenizer)
+    ids, known = lay_out(pieces, s.length, T, method.mask_id)
+    allowed, ar = control(method, tokenizer, s, len(ids), T)
+    print_source(path, meta)
 
-
-# ---- why it fails
-
-def cross_entropy(method, x0, unigram, generator):
-    """Of the text that method, a Characters, predicts, in nats, and the own times of its characters: two tensors (B, T), for x0 (B, T) at noise
-    levels all over the way.
-
-    A network that predicts numbers has no probabilities: log p = log unigram - beta |xhat - C|^2 with the beta in each fifth of the way that serves
-    it best, so that it cannot be worse than the know-nothing line because of the scale of its table."""
-    u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
-    own, _ = method.turns(u.double()[:, None], lambda: torch.rand(x0.shape, generator=generator))
-    own, tokens = own.expand(x0.shape).to(x0.device), method.spelled(x0)
-    gamma, x = method.ends[0] + own * (method.ends[1] - method.ends[0]), method.clean(tokens)
-    (a, s), nothing = scales(gamma), x.new_zeros(*x0.shape, 0)
-    z = a * x + s * torch.randn(x.shape, generator=generator).to(x)
-    before = method.guess(z, gamma, nothing)[0] if method.selfcond else None
-    xhat, p = method.guess(z, gamma, nothing, before)
-    if method.tokens:
-        return -p.gather(-1, tokens[..., None]).clamp(min=1e-30).log().sum((2, 3)), own
-    far = (xhat[:, :, None] - method.table).square().sum(-1)                          # (B, T, V)
-    nats, unigram = far.new_zeros(x0.shape), unigram.to(far)
-    for fifth in range(5):
-        at = (own * 5).ceil().clamp(min=1) == fifth + 1
-        tried = [F.cross_entropy(unigram.log() - 2. ** k * far[at], x0[at], reduction="none") for k in range(-10, 16)]
-        nats[at] = min(tried, key=lambda n: n.mean().item())
-    return nats, own
-
-
-def tells(x):
-    """Bits that a character of the texts x (n, T) tells of the next, beyond what it tells in the same text shuffled: 0 where order means nothing."""
-    def information(x):
-        pairs = torch.unique(x[:, :-1] * (x.max() + 1) + x[:, 1:], return_counts=True)[1].double()
-        joint, (first, second) = pairs[pairs > 0], (torch.bincount(v.flatten()).double() for v in (x[:, :-1], x[:, 1:]))
-        entropy = lambda n: -(n[n > 0] / n.sum() * (n[n > 0] / n.sum()).log2()).sum().item()
-        return entropy(first) + entropy(second) - entropy(joint)
-    shuffled = x.flatten()[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0)).to(x.device)].view(x.shape)
-    return information(x) - information(shuffled)
-
-
-def held_out(data, n):
-    """n evenly spaced windows (n, T) of held-out text, and the frequencies (V,) of the characters of the training text."""
-    unigram = torch.bincount(data.train.long(), minlength=len(data.alphabet)).double() + 1
-    return data.val[torch.linspace(0, len(data.val) - 1, min(n, len(data.val))).long()].long(), unigram / unigram.sum()
-
-
-@torch.no_grad()
-def cross_entropy_by_noise(method, data, n=64):
-    """Of the predicted text, in nats, in fifths of the way from clean to noise, from n windows at five levels each."""
-    val, unigram = held_out(data, n)
-    nats, own = cross_entropy(method, val.repeat(5, 1), unigram, torch.Generator().manual_seed(0))
-    return [nats[((own * 5).ceil() == i) & (own < 1)].mean().item() for i in range(1, 6)]
-
-
-@torch.no_grad()
-def kit(method, data, n=64):
-    """What the failures of embedding diffusion look like, from n windows, all in bits: nothing, the know-nothing line, which is what one scores
-    who knows only how frequent each character is; ce, the cross-entropy of the predicted text in fifths of the noise; norm and nearest other
-    row of the table; entropy of the characters of samples x, and what one tells of the next, in samples and in text."""
-    val, unigram = held_out(data, n)
-    table = method.table.double()
-    ce = [nats / math.log(2) for nats in cross_entropy_by_noise(method, data, n)]
-    reseed(0)
-    nothing = torch.zeros_like(val[:32])
-    *_, (x, _) = method.sample(nothing, nothing > 0, EmbedSampler())
-    share = torch.bincount(x.flatten()).double() / x.numel()
-    return dict(nothing=-unigram[data.val.long()].log2().mean().item(), norm=table.norm(dim=1).mean().item(), ce=ce,
-                near=torch.cdist(table, table).fill_diagonal_(math.inf).amin(1).mean().item(),
-                entropy=-(share[share > 0] * share[share > 0].log2()).sum().item(), order=tells(x), order_of_text=tells(val[:32]), x=x)
-
-
-def diagnosis(k):
-    """The kit in words."""
-    return (f"know-nothing line: {k['nothing']:.3f} bits/char: validation text under the frequencies of its characters\n"
-            "cross-entropy of the predicted text by noise level, bits/char: "
-            + "  ".join(f"{a / 5:.1f}-{(a + 1) / 5:.1f}: {ce:.2f}" for a, ce in enumerate(k["ce"])) +
-            f"\ntable: norm {k['norm']:.3f}, nearest other row at {k['near']:.3f}\nsamples: {k['entropy']:.2f} bits of entropy a character, "
-            f"which tells {k['order']:.2f} bits of the next (held-out text {k['order_of_text']:.2f})")
-
-
-# ---- control
-
-def wish(steer, alphabet):
-    """What --steer allows: positions (T,) -> bool (T, V). SystemExit where it is none of no:, only:, at:, line:."""
-    if alphabet.raw and not steer.isascii():
-        raise SystemExit(f"steer={steer!r}: this model writes bytes, and is steered by plain ASCII alone")
-    kind, _, what = steer.replace("\\n", "\n").partition(":")
-    place, _, char = what.partition("=")
-    named = lambda chars: torch.zeros(len(alphabet), dtype=torch.bool).index_fill_(0, torch.from_numpy(alphabet.encode(chars)), True)
-    if kind in ("no", "only") and what and (kind == "only" or not named(what).all()):
-        return lambda at: (named(what) ^ (kind == "no")).expand(len(at), -1)
-    if kind == "at" and place.isdecimal() and len(place) < 7 and len(char) == 1:
-        return lambda at: named(char) | (at != int(place))[:, None]
-    if kind == "line" and what.isdecimal() and len(what) < 7 and int(what):
-        return lambda at: named("\n") ^ (at % (int(what) + 1) != int(what))[:, None]
-    raise SystemExit(f"steer={steer!r}: write no:e, only:abc, at:5=T or line:40")
-
-
-def prepare(method, alphabet, s, T):
-    """Give method, whose windows have T characters, what the sampler s needs: the wish and the twin."""
-    if (s.steer or s.mode == "guided") and not method.tokens:
-        raise SystemExit("steer and mode=guided need a network that predicts probabilities: predict=tokens")
-    if s.steer and s.rounding == "clamp":
-        raise SystemExit("steer moves a guess, and rounding=clamp takes it back: leave one of them out")
-    method.wish, method.twin, method.start, method.free = wish(s.steer, alphabet) if s.steer else None, None, 0, ...
-    L = len(generate.plan(alphabet, s, T)[0])
-    if s.steer and method.wish(torch.arange(L)).all():
-        raise SystemExit(f"steer={s.steer!r} allows everything in a text of {L} characters")
-    if s.mode == "guided":
-        twin, c, meta = load(s.twin or HERE / "results/judge.pt", build_twin, ("ar",))
-        if meta["alphabet"] != alphabet.chars or c.block_size < T:
-            raise SystemExit(f"the twin {s.twin or 'results/judge.pt'} reads other characters, or shorter windows, than this model writes: train one "
-                             "with python train.py --objective=ar and name it, --twin=FOLDER")
-        method.twin = twin.logits
+    reseed(s.seed)
+    frames = write_controlled(method, ids, known, T, s, allowed, ar)
+    calls_per_frame = 1 + s.two_pass + (s.mode == "guided")
+    show_texts(frames, ids, known, tokenizer, s, calls_per_frame)
 
 
 def main(argv):
     if argv[:1] == ["sample"]:
-        return generate.sample(argv[1:], EmbedSampler(), "embed", build, prepare)
-    ema, data = start(argv, parse(argv, Embed()), "embed", Text, build, show_text(EmbedSampler()), begin)
-    if ema and RANK == 0:
-        print(diagnosis(kit(ema, data)))
+        return sample(argv[1:])
+    c, state = start_or_resume(argv, Embed, ["embed"], EMBED_RECIPES)
+    data = Text(c)
+    reseed(c.seed)
+    method = build(c, data.meta)
+    if c.fluency:
+        count_bigrams(method, data)
+    if c.table and not state:
+        load_table(method, data, c)
+
+    def show_sample(ema, out):
+        show_text(ema, data, c, EmbedSampler())
+
+    meta = {"method": "embed", "script": "embed_diffusion", **data.meta}
+    out = fit(method, data, c, meta, show_sample, state)
+    if out:
+        print0(f"done: python embed_diffusion.py sample --out={out}; why it fails, or does not: "
+               f"python -m evaluation.diagnostics --out={out}")
+
+
+# -------------------------------------------------------------------------------------------------
+# before training
+
+def count_bigrams(method, data):
+    """Add the bigrams of the training text to method.bigrams."""
+    V = len(data.tokenizer)
+    pairs = data.train[:-1].long() * V + data.train[1:].long()
+    method.bigrams += torch.bincount(pairs.flatten(), minlength=V * V).view(V, V).cpu()
+
+
+def load_table(method, data, c):
+    """Begin with the rows of the file c.table; characters that it lacks begin at random."""
+    alphabet = data.tokenizer.chars
+    known = principal_rows(read_table(c.table, alphabet), c.dim)
+    check(len(known) >= 2, f"{c.table} has no two different embeddings of the text's characters")
+    drawn = F.normalize(torch.randn(len(alphabet), c.dim), dim=1)
+    rows = [known.get(ch, row) for ch, row in zip(alphabet, drawn, strict=True)]
+    method.table = torch.stack(rows)
+    missing = "".join(ch for ch in alphabet if ch not in known)
+    if missing:
+        print0(f"{c.table} lacks {len(missing)} of {len(rows)} characters: {missing[:80]!r}")
+
+
+def read_table(path, alphabet):
+    """{character: its numbers, float64} of a text file as GloVe's: on each line a character, a new
+    line as \\n and a space as \u2581, and its numbers. Other tokens are passed over."""
+    spelling = {"\n": "\\n", " ": "\u2581"}
+    wanted = {spelling.get(ch, ch): ch for ch in alphabet}
+    found = {}
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            token, _, numbers = line.partition(" ")
+            if token in wanted:
+                found[wanted[token]] = numbers.split()
+    try:
+        table = torch.tensor([[float(x) for x in row] for row in found.values()]).double()
+    except ValueError:
+        raise SystemExit(f"{path} is no table: a token and as many numbers on each line; python "
+                         f"-m experiments.table {path} --out=table.txt makes one") from None
+    check(table.isfinite().all(), f"{path} has numbers that are not finite, or too large")
+    return dict(zip(found, table, strict=True))
+
+
+def principal_rows(table, dim):
+    """The rows of a table {character: numbers}, less their mean, in their first dim principal
+    directions, zeros where there are fewer; of norm 1, fp32. A row at the mean says nothing."""
+    used = {ch: row for ch, row in table.items() if row.any()}         # zeros: was never trained
+    if not used:
+        return {}
+    x = torch.stack([*used.values()])
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    rows = F.pad(u * s, (0, dim - len(s)))                             # may cut
+    norms = rows.norm(dim=1)
+    return {ch: (row / norm).float() for ch, row, norm in zip(used, rows, norms, strict=True)
+            if norm > 1e-6 * x.norm()}
+
+
+# writing, steered and guided
+
+def steer_mask(steer, tokenizer, L):
+    """Which characters --steer allows at each position of a text: (L, V) bool."""
+    check(steer.isascii() or not tokenizer.is_bytes,
+          f"steer={steer!r}: this model writes bytes and is steered by ASCII alone")
+
+    def one_hot(chars):
+        mask = torch.zeros(len(tokenizer), dtype=torch.bool)
+        mask[torch.from_numpy(tokenizer.encode(chars))] = True
+        return mask
+
+    kind, _, what = steer.replace("\\n", "\n").partition(":")
+    place, _, char = what.partition("=")
+    position = torch.arange(L)[:, None]
+    if kind == "no" and what and not one_hot(what).all():
+        return ~one_hot(what).expand(L, -1)
+    if kind == "only" and what:
+        return one_hot(what).expand(L, -1)
+    if kind == "at" and place.isdecimal() and len(place) < 7 and len(char) == 1:
+        return one_hot(char) | (position != int(place))
+    if kind == "line" and what.isdecimal() and len(what) < 7 and int(what):
+        is_end = position % (int(what) + 1) == int(what)
+        return one_hot("\n") == is_end
+    raise SystemExit(f"steer={steer!r}: write no:e, only:abc, at:5=T or line:40")
+
+
+def control(method, tokenizer, s, L, T):
+    """allowed and ar of EmbeddingDiffusion.sample, or None: what s asks of a text of L characters
+    in windows of T."""
+    allowed = None
+    ar = None
+    check(method.predict == "tokens" or not s.steer and s.mode != "guided",
+          "steer and mode=guided need a network that predicts tokens")
+    if s.steer:
+        check(s.rounding != "clamp",
+              "steer moves xhat and rounding=clamp moves it back: leave one out")
+        allowed = steer_mask(s.steer, tokenizer, L)
+        check(not allowed.all(), f"steer={s.steer!r} allows everything in a text of {L} characters")
+        allowed = F.pad(allowed, (0, 0, 0, max(0, T - L)), value=True).to(DEVICE)
+    if s.mode == "guided":
+        path = s.ar or HERE / "results/judge.pt"
+        baseline, c, meta = load(path, Masked, build_ar, ["ar"])
+        check(meta["alphabet"] == tokenizer.chars and c.block_size >= T,
+              f"{path} reads other characters, or shorter windows, than this model writes: train "
+              "one, python train.py --objective=ar, pass --ar=FOLDER")
+        ar = baseline.logits
+    return allowed, ar
+
+
+def block_windows(L, T, block):
+    """(start, end) of windows of T at whose end the next block is written; at the beginning of a
+    text of L what follows the block is noise. Half a window at least is what was written before."""
+    if L > T:
+        block = min(block, T // 2)
+    windows = []
+    for start in range(0, L, block):
+        end = min(start + block, max(L, T))
+        windows.append((max(0, end - T), end))
+    return windows
+
+
+def write_controlled(method, ids, known, T, s, allowed, ar):
+    """generate.write, steered and guided, and with mode=blocks a block at a time."""
+    windows = None
+    if s.mode == "blocks":
+        windows = block_windows(len(ids), T, s.block)
+
+    def sample(x, known, start, end):
+        position = torch.arange(start, start + T, device=DEVICE)
+        locked = ~known & (position >= end)
+        allowed_here = None
+        if allowed is not None:
+            allowed_here = allowed[start:start + T]
+        return method.sample(x, known, s, locked, allowed_here, ar)
+    return write(method, ids, known, T, s, windows, sample)
 
 
 if __name__ == "__main__":

@@ -1,219 +1,250 @@
-"""Write with a trained model: from nothing, after a prompt, or into its blanks; watch it unmask, or draw that.   settings: config.Sample
+"""Write with a trained model: from nothing, after a prompt, or into its blanks.
+settings: config.Sample
 
     python generate.py --prompt="ROMEO:" --watch
-    python generate.py --prompt="To be, {12} that is the {8}:"         # {12}: a blank of 12 characters
-    python generate.py --prompt="ROMEO:{20-60}JULIET:"                 # a blank of unknown length: by what follows, 20 to 60
+    python generate.py --prompt="To be, {12} that is the {8}:"      # {12}: 12 unknown characters
+    python generate.py --prompt="ROMEO:{20-60}JULIET:"              # {20-60}: of unknown length
     python generate.py --length=1000 --steps=64 --order=entropy
-    python generate.py --svg=unmask.svg"""
-import html
+"""
+import re
 import shutil
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import COLOR, DEVICE, HERE, Sample, parse, run
-from data import Alphabet
-from train import build, load, reseed
+from checkpoint import find_checkpoint, load
+from config import COLOR, DEVICE, Masked, Sample, check, parse, run
+from data import CharTokenizer
+from train import build, reseed
 
-EVIDENCE, ORDERS, ROWS = 32, 4, 64   # characters that tell the length of the blank before them, the orders they are read in; windows a call
+MAX_EVIDENCE = 32      # characters after a blank by which its length is chosen
+N_ORDERS = 4           # orders in which they are scored
+BATCH = 64             # windows in one call
 
 
-def newest():
-    """The checkpoint that is meant when none is named: the masked model trained here, else the one in the repository."""
-    trained = HERE / "out/masked/best.pt"
-    return trained if trained.exists() else HERE / "results/masked.pt"
+# A prompt is a list of pieces: known characters as a list of ids, a blank as a range of lengths.
+# "Hi {12}, {20-60}" is [[ids of "Hi "], range(12, 13), [ids of ", "], range(20, 61)].
+
+def parse_prompt(text, tokenizer):
+    """str -> pieces; \\n is a new line, {{ a brace."""
+    pieces = []
+    for literal, a, b in re.findall(r"((?:\{\{|[^{])+)|\{(\d{1,6})(?:-(\d{1,6}))?\}|\{", text):
+        if literal:
+            literal = literal.replace("{{", "{").replace("\\n", "\n")
+            pieces.append(tokenizer.encode(literal).tolist())
+        else:
+            shortest = int(a or 0)
+            longest = int(b or shortest)
+            check(0 < shortest <= longest, f"prompt {text!r}: a blank is written {{12}} or "
+                                           "{20-60}, a brace {{")
+            pieces.append(range(shortest, longest + 1))
+    return pieces
+
+
+def join_pieces(pieces, mask_id):
+    """Pieces, of which no blank has an unknown length -> ids, known: int64 and bool (L,)."""
+    ids = []
+    known = []
+    for piece in pieces:
+        if isinstance(piece, list):
+            ids += piece
+            known += [True] * len(piece)
+        else:
+            check(len(piece) == 1, "a blank of unknown length needs a masked checkpoint")
+            ids += [mask_id] * piece[0]
+            known += [False] * piece[0]
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(known, dtype=torch.bool)
+
+
+def lay_out(pieces, length, T, mask_id):
+    """ids, known (L,) of a text of `length` characters; 0: as long as a prompt with blanks, else
+    one block of T, or one character more than the prompt."""
+    ids, known = join_pieces(pieces, mask_id)
+    n = len(ids)
+    if not length:
+        length = max(T, n + 1) if known.all() else n
+    check(length >= n, f"length={length} is shorter than the prompt, which has {n} characters")
+    return F.pad(ids, (0, length - n), value=mask_id), F.pad(known, (0, length - n))
 
 
 @torch.no_grad()
-def evidence(method, before, after, lengths, orders, T):
-    """-log p(after | before, L unknown characters between) of a masked model in nats, for each L of lengths: (len(lengths),) float64.
+def length_log_likelihood(method, before, after, lengths, orders, T):
+    """log p(after | before, L unknown characters between them) of a masked model, for each L of
+    lengths: (len(lengths),) float64.
 
-    By the chain rule: all of after (S,) is masked, and revealed a character at a time in each of the orders (O, S); the cross-entropy of each
-    at its turn is added, the mean over the orders taken. The orders are the same for every L, so what luck they bring cancels. before (P,)
-    may have MASKs, and loses of its start what a window of T has no room for; beyond after all is MASK, as `write` would have it."""
-    S = orders.size(1)
-    turns = orders.argsort(1)[:, None] >= torch.arange(S, device=orders.device)[:, None]                 # (O, turn, S): not yet revealed
-    rows, nats = after.masked_fill(turns, method.mask).flatten(0, 1), []                                 # (O S, S)
+    By the chain rule: after (A,) is masked, and its characters are revealed one at a time, in each
+    of the orders (n_orders, A); each adds its log-probability when it is next. The mean over
+    orders, which are the same for every L. before (P,) may have MASKs; its start is cut where a
+    window of T is too short."""
+    n_orders, A = orders.shape
+    mask_id = method.mask_id
+    # one row for each character that is next: what comes before it in the order is revealed
+    place = orders.argsort(1)                                          # of a character in the order
+    n_revealed = torch.arange(A, device=orders.device)[:, None]
+    hidden = place[:, None] >= n_revealed                              # (n_orders, A, A)
+    suffix = after.masked_fill(hidden, mask_id).flatten(0, 1)          # (n_orders A, A)
+    next_position = orders.flatten()                                   # (n_orders A,)
+    totals = []
     for L in tqdm(lengths, desc="how long is the blank", leave=False, disable=None):
-        start = min(len(before), T - L - S)
-        left = torch.cat([before[len(before) - start:], before.new_full((L,), method.mask)]).expand(len(rows), -1)
-        x = F.pad(torch.cat([left, rows], 1), (0, T - L - S - start), value=method.mask)                 # (O S, T)
-        ce = [F.cross_entropy(method.net(part, (part == method.mask).float().mean(1))[torch.arange(len(part)), start + L + now], after[now],
-                              reduction="none") for part, now in zip(x.split(ROWS), orders.flatten().split(ROWS), strict=True)]
-        nats.append(torch.cat(ce).double().sum() / len(orders))
-    return torch.stack(nats)
+        prefix = before[max(0, len(before) - (T - L - A)):]
+        prefix = F.pad(prefix, (0, L), value=mask_id).expand(len(suffix), -1)
+        x = torch.cat([prefix, suffix], 1)                             # (n_orders A, <= T)
+        start = prefix.size(1)
+        x = F.pad(x, (0, T - x.size(1)), value=mask_id)
+        total = 0.0
+        for rows, position in zip(x.split(BATCH), next_position.split(BATCH), strict=True):
+            logits = method.net(rows, (rows == mask_id).float().mean(1))
+            logits = logits[torch.arange(len(rows)), start + position]         # (rows, V)
+            total -= F.cross_entropy(logits, after[position], reduction="none").double().sum()
+        totals.append(total / n_orders)
+    return torch.stack(totals)
 
 
-def pick(method, before, after, lengths, T):
-    """The length of a blank between before (P,) and after (S,) as `settle` chooses it -> (int, why)."""
-    if not len(after):
-        return lengths[int(torch.randint(len(lengths), ()))], "nothing known follows it, so there is no evidence: any length is as likely"
-    if lengths[-1] + len(after) > T:
-        raise SystemExit(f"with the {len(after)} characters that follow a blank may have {T - len(after)}, not {lengths[-1]}: a window has {T}")
-    orders = torch.rand(ORDERS, len(after)).argsort(1).to(after.device)
-    (best, second), at = evidence(method, before, after, lengths, orders, T).topk(2, largest=False)
-    return lengths[at[0]], f"next best {lengths[at[1]]}, {second - best:.1f} nats behind, by {len(after)} that follow"
+def infer_blank_lengths(method, pieces, T, seed):
+    """Pieces with each blank {a-b} as the {L} under which the known characters that directly follow
+    it, up to 32, are likeliest. L is uniform on a..b beforehand, so where nothing known follows it
+    is drawn. From left to right; a blank whose length is chosen is MASKs to the next."""
+    pieces = list(pieces)
+    for i, lengths in enumerate(pieces):
+        if isinstance(lengths, list) or len(lengths) == 1:
+            continue
+        before, _ = join_pieces(pieces[:i], method.mask_id)
+        after = []
+        if i + 1 < len(pieces) and isinstance(pieces[i + 1], list):
+            after = pieces[i + 1][:min(MAX_EVIDENCE, T // 2)]
+        check(lengths[-1] + len(after) <= T,
+              f"with the {len(after)} characters that follow, a blank may have {T - len(after)}, "
+              f"not {lengths[-1]}: a window has {T}")
+        reseed(seed, i)
+        if after:
+            orders = torch.rand(N_ORDERS, len(after)).argsort(1).to(DEVICE)
+            after = torch.tensor(after, device=DEVICE)
+            scores = length_log_likelihood(method, before.to(DEVICE), after, lengths, orders, T)
+            (best, second), index = scores.topk(2)
+            L = lengths[index[0]]
+            why = (f"next best {lengths[index[1]]}, {best - second:.1f} nats behind, "
+                   f"by {len(after)} that follow")
+        else:
+            L = lengths[int(torch.randint(len(lengths), ()))]
+            why = "nothing known follows it: any length is as likely"
+        print(f"{{{lengths[0]}-{lengths[-1]}}}: {L} characters ({why})", file=sys.stderr)
+        pieces[i] = range(L, L + 1)
+    return pieces
 
 
-def settle(method, alphabet, prompt, T, seed):
-    """prompt with each blank {a-b} as the {L} that is likeliest by the EVIDENCE characters, or fewer, that directly follow it; told on stderr.
+def write(method, ids, known, T, s, windows=None, sample=None):
+    """Fill s.n copies of ids (L,) where known (L,) is False; yields (x (n, L), confidence (n, L))
+    after every network call.
 
-    L minimises -log p(what follows | what precedes, L) - log p(L). p(L) is uniform on a..b, so that its term is the same for all; where
-    another blank or nothing follows there is no more than p(L), and L is drawn from it. From left to right: a blank that is settled is as many
-    MASKs to the next. No filling is scored: the blank stays masked, so that a longer one pays for none of its characters."""
-    pieces = alphabet.pieces(prompt)
-    for i, (blank, lengths) in enumerate(pieces):
-        if len(lengths) > 1:
-            before, known = alphabet.prompt("".join(text for text, _ in pieces[:i]))
-            after, _ = alphabet.prompt("".join(text for text, unknown in pieces[i + 1:i + 2] if not unknown))
-            after = after[:min(EVIDENCE, T // 2)].to(DEVICE)
-            reseed(seed, i)
-            L, why = pick(method, before.masked_fill(~known, method.mask).to(DEVICE), after, lengths, T)
-            print(f"{blank}: {L} characters ({why})", file=sys.stderr)
-            pieces[i] = (f"{{{L}}}", [L])
-    return "".join(text for text, _ in pieces)
-
-
-def plan(alphabet, s, T):
-    """The prompt and length of s as (ids, known), int64 and bool (L,); T characters if neither says how many."""
-    ids, known = alphabet.prompt(s.prompt)
-    L = s.length or (len(ids) if not known.all() else max(T, len(ids) + 1))
-    if L < len(ids):
-        raise SystemExit(f"length={L} is shorter than the prompt, which has {len(ids)} characters")
-    pad = (0, L - len(ids))
-    return F.pad(ids, pad), F.pad(known, pad)
-
-
-def write(method, ids, known, T, s):
-    """Fill s.n copies of ids (L,) where known (L,) is False; yields (x (n, L), confidence (n, L)) after every network call.
-
-    The network always sees a full window of T characters. A short text is a window that is cut; a long one is written from left to right,
-    each window starting half a window on, with what is written before it as clean context; in blocks (s.mode), each window ending with
-    the next block, or, at the beginning of the text, what comes after it staying noise. method.start and method.free tell where the window
-    begins and what of it is to be written."""
+    The network always reads a whole window of T characters. A short text is the beginning of one; a
+    long one is written from left to right, each window starting half a window after the last. To
+    write in another way: windows [(start, end), ...], where what follows end stays unwritten, and
+    sample(x, known, start, end), which is called for method.sample(x, known, s)."""
     L = len(ids)
     pad = (0, max(0, T - L))
-    x = F.pad(ids, pad).to(DEVICE).repeat(s.n, 1)                    # (n, max(L, T))
-    done = F.pad(known, pad).to(DEVICE).repeat(s.n, 1)
-    x, sure = x.masked_fill(~done, method.mask), done.float()
-    end = x.size(1)
-    windows = [(start, start + T) for start in [*range(0, end - T, max(1, T // 2)), end - T]]
-    if getattr(s, "mode", "") == "blocks":
-        B = min(s.block, T if L <= T else T // 2)                                       # half a window at least is what was written before
-        windows = [(max(0, until - T), until) for until in (min(start + B, end) for start in range(0, L, B))]
-    for start, until in windows:
-        w = slice(start, start + T)
-        place = torch.arange(start, start + T, device=DEVICE)
-        later = ~done[:, w] & (place >= until)
-        method.start, method.free = start, ~done[:, w] & ~later & (place < L)
-        if not (done[:, w] | later).all():
-            for part, p in method.sample(x[:, w], done[:, w], s, *[later] * bool(later.any())):
-                x, sure = x.clone(), sure.clone()
-                x[:, w], sure[:, w] = torch.where(later, method.mask, part), torch.where(done[:, w] | later, sure[:, w], p)
-                yield x[:, :L], sure[:, :L]
-            done[:, w] |= ~later
+    x = F.pad(ids, pad).to(DEVICE).repeat(s.n, 1)                      # (n, max(L, T))
+    known = F.pad(known, pad).to(DEVICE).repeat(s.n, 1)
+    x = x.masked_fill(~known, method.mask_id)
+    confidence = known.float()
+    for start, end in windows or half_windows(L, T):
+        if known[:, start:end].all():
+            continue
+        window = slice(start, start + T)
+        part = slice(start, end)
+        n = end - start
+        if sample:
+            frames = sample(x[:, window], known[:, window], start, end)
+        else:
+            frames = method.sample(x[:, window], known[:, window], s)
+        for x_window, p in frames:
+            x = x.clone()
+            x[:, part] = x_window[:, :n]
+            confidence = confidence.clone()
+            confidence[:, part] = torch.where(known[:, part], confidence[:, part], p[:, :n])
+            yield x[:, :L], confidence[:, :L]
+        known[:, part] = True
 
 
-def watch(frames, alphabet):
-    """Show frames of (x, confidence) in the terminal as they come, one over the other, and pass them on; elsewhere, only that."""
-    up = 0
-    try:
-        for x, sure in frames:
-            if COLOR:
-                columns, lines = shutil.get_terminal_size()
-                texts = [alphabet.paint(i, p) for i, p in zip(x.tolist(), sure.tolist(), strict=True)]
-                rows = sum(1 + max(0, len(row) - 1) // columns for i in x.tolist() for row in (alphabet.decode(i) + "\n").split("\n"))
-                print((f"\x1b[{up}F" if up else "\x1b[?25l") + "\x1b[J" + "\n\n".join(texts), flush=True)
-                up = min(rows - 1, lines - 1)
-                time.sleep(.02)
-            yield x, sure
-    finally:
-        print("\x1b[?25h" if COLOR else "", end="", flush=True)
+def half_windows(L, T):
+    """(start, end) of the windows of T over a text of L, each half a window after the last."""
+    last = max(0, L - T)
+    return [(start, start + T) for start in [*range(0, last, max(1, T // 2)), last]]
 
 
-def draw(frames, known, alphabet, seconds=8, columns=64):
-    """An animated SVG of the first text of frames [(x, confidence), ...]: dots turn into characters, red where the model guessed, green
-    where it was certain; known (L,) is the prompt, white. It needs no script, so it plays inside a README."""
-    blank = torch.where(known, frames[0][0][0].cpu(), len(alphabet))                  # what was there before the first call
-    steps = torch.stack([blank, *(x[0].cpu() for x, _ in frames)])                    # (calls + 1, L)
-    sure = torch.stack([known.float(), *(p[0].cpu() for _, p in frames)])
-    cells, row, col, width = [], 0, 0, 0
-    for j, last in enumerate(steps[-1].tolist()):
-        starts = [0, *((steps[1:, j] != steps[:-1, j]).nonzero().flatten() + 1).tolist()]
-        for start, end in zip(starts, [*starts[1:], None], strict=True):
-            token = int(steps[start, j])
-            if alphabet.show(token).isprintable() and alphabet.show(token) != " ":
-                color = "#f0f6fc" if known[j] else "#484f58" if token == len(alphabet) else f"hsl({130 * sure[start, j]:.0f} 70% 65%)"
-                cells.append(f'<text x="{16 + 9.6 * col:.1f}" y="{32 + 22 * row}" fill="{color}">{html.escape(alphabet.show(token))}'
-                             + blink(start / len(steps), end and end / len(steps), seconds) + "</text>")
-        col, width = col + 1, max(width, col + 1)
-        if alphabet.show(last) == "\n" or col == columns:
-            row, col = row + 1, 0
-    w, h = 32 + 9.6 * width, 48 + 22 * row
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:.0f} {h}" width="{w:.0f}" height="{h}" font-size="16" '
-            'font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"><title>A masked diffusion model writing</title>\n'
-            '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>\n' + "\n".join(cells) + "\n</svg>\n")
-
-
-def blink(start, end, seconds, writing=.75):
-    """SVG animation: visible from start to end (None: for good), as shares of the writing, which is that share of the loop."""
-    at = [(0, int(start == 0))] * (start > 0) + [(start * writing, 1)] + ([(end * writing, 0)] if end else [])
-    if len(at) == 1:
-        return ""
-    return (f'<animate attributeName="opacity" calcMode="discrete" dur="{seconds}s" repeatCount="indefinite" '
-            f'keyTimes="{";".join(f"{t:.4f}" for t, _ in at)}" values="{";".join(str(v) for _, v in at)}"/>')
-
-
-def show(method, alphabet, s, T):
-    """Write s.n texts as s says and print them, or let them be watched. -> (if s.svg is to be drawn all frames of the first text, each
-    (x, confidence) of (1, L), which of L are known)"""
-    ids, known = plan(alphabet, s, T)
-    reseed(s.seed)
-    begun, calls, frames = time.time(), 0, []
-    x, sure = ids.repeat(s.n, 1), known.float().repeat(s.n, 1)                        # where nothing is left to write
-    writing = write(method, ids, known, T, s)
-    for x, sure in watch(writing, alphabet) if s.watch else writing:
-        calls += 1 + getattr(s, "twice", False) + bool(getattr(method, "twin", None))
-        frames += [(x[:1].clone(), sure[:1].clone())] * bool(getattr(s, "svg", ""))
-    took = time.time() - begun
-    if not (s.watch and COLOR):
-        print("\n\n".join(alphabet.paint(i, p, COLOR) for i, p in zip(x.tolist(), sure.tolist(), strict=True)))
-    print(f"{calls} network calls, {took:.1f} s, {s.n * int((~known).sum()) / took:,.0f} characters/s", file=sys.stderr)
-    return frames or [(x[:1], sure[:1])], known
-
-
-def sample(argv, s, name, build, prepare=lambda *args: None):
-    """python analog_bits.py sample, python embed_diffusion.py sample: s is the sampler's settings before what is typed."""
-    s = parse(argv, s)
-    path = Path(s.out) if s.out else HERE / "out" / name
-    method, c, meta = load(path, build, (name,))
-    print(f"{path}: {name}, trained on {meta['data']['name']} for {meta['step']:,} steps", file=sys.stderr)
-    alphabet = Alphabet(meta["alphabet"], raw=getattr(c, "code", "") == "bytes" or meta["data"]["name"] == "enwik8")
-    prepare(method, alphabet, s, c.block_size)
-    show(method, alphabet, s, c.block_size)
+def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):
+    """Print the last of the frames, or let them be watched."""
+    x = ids.repeat(s.n, 1)
+    confidence = known.float().repeat(s.n, 1)
+    n_calls = 0
+    start_time = time.perf_counter()
+    watching = s.watch and COLOR
+    if watching:
+        frames = watch(frames, tokenizer)
+    for x, confidence in frames:
+        n_calls += calls_per_frame
+    seconds = time.perf_counter() - start_time
+    if not watching:
+        print("\n\n".join(to_texts(tokenizer, x, confidence)))
+    n_written = s.n * int((~known).sum())
+    print(f"{n_calls} network calls, {seconds:.1f} s, {n_written / seconds:,.0f} characters/s",
+          file=sys.stderr)
 
 
 def main(argv):
-    s = parse(argv, Sample())
-    path = s.out or newest()
-    method, c, meta = load(path, build)
-    name, alphabet = meta["method"], Alphabet(meta["alphabet"], raw=meta["data"]["name"] == "enwik8")
-    if name == "masked":
-        s = replace(s, prompt=settle(method, alphabet, s.prompt, c.block_size, s.seed))
-    _, known = plan(alphabet, s, c.block_size)
-    blank = (~known).nonzero()
-    if name == "ar" and len(blank) and known[int(blank[0]):].any():
-        raise SystemExit("the autoregressive twin writes from left to right: it cannot use the text after a blank; use a masked checkpoint")
-    print(f"{path}: {name}, trained on {meta['data']['name']} for {meta['step']:,} steps", file=sys.stderr)
-    frames, known = show(method, alphabet, s, c.block_size)
-    if s.svg:
-        Path(s.svg).write_text(draw(frames, known, alphabet), encoding="utf-8")
-        print(f"wrote {s.svg}", file=sys.stderr)
+    s = Sample(**parse(argv, Sample))
+    path = find_checkpoint(s.out, "masked")
+    method, c, meta = load(path, Masked, build, ["masked", "ar"])
+    tokenizer = CharTokenizer(meta["alphabet"], meta["is_bytes"])
+
+    # what is known, and how long the text is
+    pieces = parse_prompt(s.prompt, tokenizer)
+    if meta["method"] == "masked":
+        pieces = infer_blank_lengths(method, pieces, c.block_size, s.seed)
+    ids, known = lay_out(pieces, s.length, c.block_size, method.mask_id)
+    only_a_prompt = bool(known[:int(known.sum())].all())
+    check(meta["method"] == "masked" or only_a_prompt, "the autoregressive baseline writes from "
+          "left to right and cannot use the text after a blank: use a masked checkpoint")
+    print_source(path, meta)
+
+    # write
+    reseed(s.seed)
+    frames = write(method, ids, known, c.block_size, s)
+    show_texts(frames, ids, known, tokenizer, s)
+
+
+# -------------------------------------------------------------------------------------------------
+# the terminal
+
+def print_source(path, meta):
+    print(f"{path}: {meta['method']}, trained on {meta['data']['name']} for {meta['step']:,} steps",
+          file=sys.stderr)
+
+
+def to_texts(tokenizer, x, confidence):
+    """(n, L) each -> n texts, in colours where someone sees them."""
+    rows = zip(x.tolist(), confidence.tolist(), strict=True)
+    return [tokenizer.paint(ids, p) for ids, p in rows]
+
+
+def watch(frames, tokenizer):
+    """Show frames (x, confidence) in the terminal, each over the last, and pass them on."""
+    height = 0
+    try:
+        print("\x1b[?25l", end="")                                     # hide the cursor
+        for x, confidence in frames:
+            up = f"\x1b[{height}F" if height else ""
+            print(f"{up}\x1b[J" + "\n\n".join(to_texts(tokenizer, x, confidence)), flush=True)
+            columns, lines = shutil.get_terminal_size()
+            rows = "\n\n".join(tokenizer.decode(ids) for ids in x.tolist()).split("\n")
+            height = sum(1 + max(0, len(row) - 1) // columns for row in rows)
+            height = min(height, lines - 1)
+            time.sleep(0.02)
+            yield x, confidence
+    finally:
+        print("\x1b[?25h", end="", flush=True)                         # show it again
 
 
 if __name__ == "__main__":

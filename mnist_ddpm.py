@@ -1,167 +1,323 @@
-"""Gaussian diffusion over the pixels of digits, on the transformer and the loop of the text models. settings: config.Mnist, config.Picture
+"""Gaussian diffusion over the pixels of digits, on the transformer and the loop of the text models.
+settings: config.Mnist, config.ImageSampler. Read with it: GaussianDiffusion in gaussian.py, for
+--recipe=levels TokenDiffusion, and the formulas.
 
-    python mnist_ddpm.py                                        # MNIST if it can be had, else digits drawn by this program
-    python mnist_ddpm.py --recipe=ddpm                          # the paper as it stands: predict eps, linear schedule, plain loss
-    python mnist_ddpm.py sample --n=64                          # out/mnist/samples.png
+    python mnist_ddpm.py                          # MNIST, or digits drawn by this program
+    python mnist_ddpm.py --recipe=ddpm            # the paper: predict eps, linear schedule
+    python mnist_ddpm.py sample --n=64            # out/mnist/samples.png
     python mnist_ddpm.py sample --digit=7 --guidance=2 --steps=50 --sampler=ddim
-    python mnist_ddpm.py sample --trace                         # a strip from noise to digit, and the same moving"""
+    python mnist_ddpm.py sample --trace           # also a strip from noise to digit
+"""
+import gzip
+import hashlib
 import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from config import DEVICE, HERE, Mnist, Picture, parse, run
-from data import Images, whole
-from diffusion import CodeDiffusion, GaussianDiffusion, scales
+from checkpoint import find_checkpoint, load, start_or_resume
+from config import DEVICE, HERE, MNIST_RECIPES, ImageSampler, Mnist, check, parse, print0, run
+from data import find
+from gaussian import GaussianDiffusion, TokenDiffusion
 from model import Transformer
-from train import folder, load, reseed, start
+from train import fit, reseed
 
-DIGITS = 10
+SETTINGS = Mnist
+SAMPLER = ImageSampler
+N_CLASSES = 10
+N_PIXELS = 28 * 28
 
 
-class Patches(nn.Module):
-    """What the transformer is fed: each patch with the label beside it, and a learned place, since the page has two dimensions."""
+class PatchEmbedding(nn.Module):
+    """Patches with the label beside them and a learned position, since the page has two dimensions.
+    In fp32: at the clean end half precision cannot hold the noise."""
 
-    def __init__(self, width, places, n_embd):
+    def __init__(self, n_in, n_patches, n_embd):
         super().__init__()
-        self.value, self.place = nn.Linear(width, n_embd), nn.Parameter(torch.zeros(places, n_embd))
+        self.value = nn.Linear(n_in, n_embd)
+        self.place = nn.Parameter(torch.zeros(n_patches, n_embd))
 
     def forward(self, x):
-        """(B, T, patch^2 + 10) -> (B, T, n_embd); in fp32, since at the clean end half precision cannot hold the noise."""
         with torch.autocast(x.device.type, enabled=False):
             return self.value(x) + self.place
 
 
-class Labelled:
-    """Images with a label, one-hot beside every patch; a hidden label is all zeros. The bound is without labels."""
+class PatchTransformer(nn.Module):
+    """The transformer for images: it reads and writes patches; outside are pixels, row by row."""
 
-    unit, extra, drop_label = "pixel", DIGITS, 0.1
+    def __init__(self, c, n_out):
+        super().__init__()
+        self.patch = c.patch                       # pixels on a side
+        self.side = 28 // c.patch                  # patches on a side
+        self.n_out = n_out                         # outputs per pixel
+        n_patches = self.side ** 2
+        size = c.patch ** 2
+        embed = PatchEmbedding(size + N_CLASSES, n_patches, c.n_embd)
+        self.transformer = Transformer(replace(c, block_size=n_patches), embed, size * n_out)
+
+    def forward(self, x, t, label=None):
+        """x (B, 784, 1); t (B, 1), or (B, 784) where all pixels have the same; label (B,), -1 where
+        there is none -> (B, 784, n_out)."""
+        B = len(x)
+        side = self.side
+        patch = self.patch
+        x = x.view(B, side, patch, side, patch).transpose(2, 3).reshape(B, side ** 2, patch ** 2)
+        one_hot = x.new_zeros(B, side ** 2, N_CLASSES)
+        if label is not None:
+            one_hot += (label[:, None] == torch.arange(N_CLASSES, device=x.device))[:, None]
+        out = self.transformer(torch.cat([x, one_hot], -1), t[:, :1])
+        out = out.view(B, side, side, patch, patch, self.n_out).transpose(2, 3)
+        return out.reshape(B, N_PIXELS, self.n_out)
+
+
+class PixelDiffusion(GaussianDiffusion):
+    """The network predicts a number for each pixel: its grey level, the noise, or v."""
 
     def forward(self, batch):
-        """Training loss of images (B, T, patch^2) and labels (B,), a share drop_label of them hidden."""
         x0, label = batch
-        keep = torch.rand(len(x0), 1, device=x0.device) >= self.drop_label
-        return super().forward((x0, (F.one_hot(label, DIGITS) * keep)[:, None].expand(-1, x0.size(1), -1)))
+        return super().forward(x0, label)
 
 
-class Digits(Labelled, GaussianDiffusion):
-    """The network predicts one number for each pixel: its grey level, the noise, or v."""
+class LevelDiffusion(TokenDiffusion):
+    """The network predicts the probability of each grey level of each pixel. A network with one
+    output cannot tell level 200 from 201 once the noise is as fine, and the bound pays (LOG.md)."""
+    eval_levels = 2                       # 256 logits a pixel take their time
+    sample = GaussianDiffusion.sample     # numbers, not tokens
 
-
-class LevelDigits(Labelled, CodeDiffusion):
-    """The network predicts the probability of each grey level of each pixel: a network whose output is one number cannot tell
-    level 200 from 201 once the noise is as fine as that, and the bound pays for it (LOG.md)."""
-
-    sample = GaussianDiffusion.sample   # numbers, not tokens
-    levels = 2                          # draws per image when the whole split is evaluated: 256 numbers a pixel take their time
-
-    def told(self, z, gamma):
-        """As above, in less memory: with one number a code the differences themselves fit, and fp32 holds them."""
-        a, _ = scales(gamma)
-        return ((z / a)[..., None].float() - self.table[:, 0]).square_().mul_(((-gamma).exp() / -2)[..., None, None].float())
+    def forward(self, batch):
+        x0, label = batch
+        return super().forward(x0, label)
 
 
 def build(c, meta):
-    """The method of a run: c its Mnist settings."""
-    T, K, levels = (28 // c.patch) ** 2, c.patch ** 2, c.predict == "levels"
-    net = Transformer(replace(c, block_size=T), Patches(K + DIGITS, T, c.n_embd), K * 256 if levels else K)
-    how = (c.schedule, c.weight)
-    method = LevelDigits(net, torch.linspace(-1, 1, 256)[:, None], *how) if levels else Digits(net, c.predict, *how)
-    method.drop_label = c.drop_label
-    return method
+    grey_levels = torch.linspace(-1, 1, 256, dtype=torch.float64)[:, None]
+    if c.predict == "levels":
+        return LevelDiffusion(PatchTransformer(c, 256), grey_levels, c.schedule, c.loss)
+    net = PatchTransformer(c, 1)
+    return PixelDiffusion(net, grey_levels, c.predict, c.schedule, c.loss)
 
 
-def draw(method, labels, c, s, seed=0):
-    """Pictures of labels (n,), -1 without one: a generator of (state, guess) as images (n, 28, 28) in [-1, 1], one for each call."""
+def sample_images(method, labels, s, seed=0):
+    """Digits of labels (n,), -1 for none; yields (z, xhat), images (n, 28, 28), after each step.
+    s.guidance: classifier-free (Ho & Salimans 2022), 0 without labels, 1 with, more exaggerates."""
     reseed(s.seed, seed)
-    noise = torch.randn(len(labels), (28 // c.patch) ** 2, c.patch ** 2).to(DEVICE)
-    label = (labels[:, None] == torch.arange(DIGITS)).float().to(DEVICE)[:, None].expand(-1, noise.size(1), -1)
-    for z, xhat in method.sample(noise, label, s):
-        yield whole(z, c.patch).float().cpu(), whole(xhat, c.patch).float().cpu()
+    noise = torch.randn(len(labels), N_PIXELS, 1).to(DEVICE)
+    labels = labels.to(DEVICE)
+
+    def predict_x0(z, gamma):
+        if s.guidance == 0:
+            xhat = method.predict_x0(z, gamma)
+        else:
+            xhat = method.predict_x0(z, gamma, labels)
+        if s.guidance not in (0, 1):
+            without = method.predict_x0(z, gamma)
+            xhat = without + s.guidance * (xhat - without)
+        if s.clip:
+            xhat = xhat.clamp(-1, 1)
+        return xhat
+
+    for z, xhat in method.sample(noise, s, predict_x0):
+        yield z.view(-1, 28, 28).float().cpu(), xhat.view(-1, 28, 28).float().cpu()
 
 
-def many(method, labels, c, s, batch_size=250):
-    """As many pictures (n, 28, 28) as wanted, a batch at a time."""
-    parts = []
-    for i, some in enumerate(tqdm(labels.split(batch_size), disable=None, leave=False)):
-        for z, _ in draw(method, some, c, s, i):                                      # noqa: B007
-            pass
-        parts.append(z)
-    return torch.cat(parts)
-
-
-# ---- pictures
-
-def grey(x):
-    """Images in [-1, 1] as bytes."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
-
-
-def grid(images, columns):
-    """Images (n, 28, 28) as one (rows * 28, columns * 28), row by row; what is missing is black."""
-    rows = -(-len(images) // columns)
-    images = F.pad(images, (0, 0, 0, 0, 0, rows * columns - len(images)), value=-1)
-    return images.view(rows, columns, 28, 28).transpose(1, 2).reshape(rows * 28, columns * 28)
-
-
-def png(frames, seconds=0.05, hold=1.0):
-    """The bytes of a grey PNG of frames (F, height, width) uint8; with more than one frame it moves, the last held for `hold` seconds."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    n, height, width = frames.shape
-    parts, order = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))], 0
-    parts += [chunk(b"acTL", struct.pack(">II", n, 0))] if n > 1 else []
-    for i, frame in enumerate(frames):
-        body = zlib.compress(F.pad(frame, (1, 0)).numpy().tobytes(), 9)                 # each row behind a zero: no filter
-        if n > 1:
-            delay = int(1000 * (hold if i == n - 1 else seconds))
-            parts.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", order, width, height, 0, 0, delay, 1000, 0, 0)))
-            order += 1
-        parts.append(chunk(b"fdAT", struct.pack(">I", order) + body) if i else chunk(b"IDAT", body))
-        order += i > 0
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
-
-
-# ---- what training shows, and sampling
-
-def show(ema, data, c):
-    """A hundred digits of a network in training, ten of each."""
-    *_, (x, _) = draw(ema, torch.arange(100) % DIGITS, c, Picture(steps=25))
-    to = folder(c, "mnist") / "samples.png"
-    to.write_bytes(png(grey(grid(x, DIGITS))[None]))
-    tqdm.write(f"a hundred digits, guidance {Picture.guidance:g}: {to}")
+def sample_batches(method, labels, s, batch_size=250):
+    images = []
+    for i, batch in enumerate(tqdm(labels.split(batch_size), disable=None, leave=False)):
+        *_, (x, _) = sample_images(method, batch, s, i)
+        images.append(x)
+    return torch.cat(images)
 
 
 def sample(argv):
-    """python mnist_ddpm.py sample: settings as in config.Picture."""
-    s = parse(argv, Picture())
-    path = Path(s.out) if s.out else HERE / "out/mnist"
-    method, c, meta = load(path, build, ("mnist",))
-    labels = torch.arange(s.n) % DIGITS if s.digit < 0 else torch.full((s.n,), s.digit)
-    x = many(method, labels, c, s)
-    to = Path(s.png) if s.png else (path if path.is_dir() else path.parent) / "samples.png"
-    columns = min(s.n, DIGITS if s.digit < 0 else 8)
-    to.write_bytes(png(grey(grid(x, columns))[None]))
-    print(f"{path}: trained on {meta['data']['name']} for {meta['step']:,} steps; {s.n} digits, {s.steps} {s.sampler} steps, guidance {s.guidance:g}")
-    print(f"wrote {to}")
+    s = ImageSampler(**parse(argv, ImageSampler))
+    path = find_checkpoint(s.out, "mnist")
+    method, c, meta = load(path, Mnist, build, ["mnist"])
+    if s.digit < 0:
+        labels = torch.arange(s.n) % N_CLASSES
+        columns = min(s.n, N_CLASSES)
+    else:
+        labels = torch.full((s.n,), s.digit)
+        columns = min(s.n, 8)
+    x = sample_batches(method, labels, s)
+    out = path if path.is_dir() else path.parent
+    to = Path(s.png) if s.png else out / "samples.png"
+    to.write_bytes(png(grid(x, columns)))
+    print(f"{path}: trained on {meta['data']['name']} for {meta['step']:,} steps; {s.n} digits, "
+          f"{s.steps} {s.sampler} steps, guidance {s.guidance:g}\nwrote {to}")
     if s.trace:
-        frames = list(draw(method, labels[:100], c, s))
-        every = torch.linspace(0, s.steps - 1, min(s.steps, 12)).round().int().tolist()
-        strip = torch.stack([frames[i][0][0] for i in every])
-        to.with_name("strip.png").write_bytes(png(grey(grid(strip, len(strip)))[None]))
-        to.with_name("moving.png").write_bytes(png(torch.stack([grey(grid(z, columns)) for z, _ in frames])))
-        print(f"wrote {to.with_name('strip.png')} and {to.with_name('moving.png')}, which moves")
+        strip = to.with_name("strip.png")
+        strip.write_bytes(png(noise_to_digit(method, labels[:1], s)))
+        print(f"wrote {strip}")
 
 
 def main(argv):
     if argv[:1] == ["sample"]:
-        sample(argv[1:])
-    else:
-        start(argv, parse(argv, Mnist()), "mnist", Images, build, show)
+        return sample(argv[1:])
+    c, state = start_or_resume(argv, Mnist, ["mnist"], MNIST_RECIPES)
+    data = Images(c)
+    reseed(c.seed)
+    method = build(c, data.meta)
+
+    def show_sample(ema, out):
+        x = sample_batches(ema, torch.arange(100) % N_CLASSES, ImageSampler(steps=25))
+        (out / "samples.png").write_bytes(png(grid(x, N_CLASSES)))
+        print0(f"a hundred digits: {out / 'samples.png'}")
+
+    meta = {"method": "mnist", "script": "mnist_ddpm", **data.meta}
+    out = fit(method, data, c, meta, show_sample, state)
+    if out:
+        print0(f"done: python mnist_ddpm.py sample --out={out}")
+
+
+# -------------------------------------------------------------------------------------------------
+# data
+
+HOSTS = ["https://ossci-datasets.s3.amazonaws.com/mnist",
+         "https://storage.googleapis.com/cvdf-datasets/mnist"]
+MNIST = [   # file, and the sha256 of what is in it
+    ("train-images-idx3-ubyte", "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+    ("train-labels-idx1-ubyte", "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
+    ("t10k-images-idx3-ubyte", "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+    ("t10k-labels-idx1-ubyte", "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+]
+FONT = (" ### |  #  | ### | ### |   # |#####| ### |#####| ### | ### ",   # 5 x 7 a digit, 0 to 9
+        "#   #| ##  |#   #|#   #|  ## |#    |#   #|    #|#   #|#   #",
+        "#   #|  #  |    #|    #| # # |#### |#    |   # |#   #|#   #",
+        "#   #|  #  |   # |  ## |#  # |    #|#### |   # | ### | ####",
+        "#   #|  #  |  #  |    #|#####|    #|#   #|  #  |#   #|    #",
+        "#   #|  #  | #   |#   #|   # |#   #|#   #|  #  |#   #|#   #",
+        " ### | ### |#####| ### |   # | ### | ### |  #  | ### | ### ")
+
+
+def load_mnist(data_dir):
+    """train images (N, 28, 28), train labels (N,), test images, test labels: uint8 arrays."""
+    arrays = []
+    for name, sha256 in MNIST:
+        path = data_dir / f"mnist/{name}.gz"
+        find(path, [f"{host}/{name}.gz" for host in HOSTS], sha256)
+        raw = gzip.decompress(path.read_bytes())
+        if "images" in name:
+            arrays.append(np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28))
+        else:
+            arrays.append(np.frombuffer(raw, np.uint8, offset=8))
+    return arrays
+
+
+def draw_digits(n_train=20_000, n_test=2_000, seed=0):
+    """MNIST's stand-in: the font under random rotation, shear, scale, shift, thickness and blur."""
+    g = torch.Generator().manual_seed(seed)
+    n = n_train + n_test
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, generator=g)
+
+    glyphs = [[[ch == "#" for ch in row.split("|")[d]] for row in FONT] for d in range(10)]
+    glyphs = F.pad(torch.tensor(glyphs).float(), (1, 1, 1, 1))
+    label = torch.randint(10, (n,), generator=g)
+    angle = uniform(-0.25, 0.25)
+    shear = uniform(-0.3, 0.3)
+    width = uniform(1.15, 1.7)
+    height = uniform(0.95, 1.25)
+    threshold = uniform(0.25, 0.55)[:, None, None]
+    sharpness = uniform(4, 12)[:, None, None]
+    x_row = [width * angle.cos(), width * (shear - angle.sin()), uniform(-0.3, 0.3)]
+    y_row = [height * angle.sin(), height * angle.cos(), uniform(-0.2, 0.2)]
+    affine = torch.stack([torch.stack(x_row, 1), torch.stack(y_row, 1)], 1)  # (n, 2, 3)
+    images = []
+    for m, y in zip(affine.split(2000), label.split(2000)):
+        grid = F.affine_grid(m, (len(y), 1, 28, 28), align_corners=False)
+        images.append(F.grid_sample(glyphs[y][:, None], grid, align_corners=False)[:, 0])
+    ink = torch.cat(images)                                            # (n, 28, 28)
+    ink = torch.sigmoid((ink - threshold) * sharpness) * (ink > 0.02)
+    ink = (255 * ink).byte().numpy()
+    label = label.byte().numpy()
+    return ink[:n_train], label[:n_train], ink[n_train:], label[n_train:]
+
+
+class Images:
+    """MNIST or its stand-in. batch(n) -> pixels (n, 784) and labels (n,), of which a share
+    drop_label are hidden, -1, for classifier-free guidance; val (W, 784) for the bound, which is
+    without labels."""
+
+    def __init__(self, c):
+        check(c.dataset in ("auto", "mnist", "digits"),
+              f"no images {c.dataset!r}: one of auto, mnist, digits")
+        self.name = c.dataset
+        if c.dataset != "digits":
+            try:
+                arrays = load_mnist(Path(c.data_dir or HERE / "data"))
+                self.name = "mnist"
+            except SystemExit as error:
+                if c.dataset == "mnist":
+                    raise
+                self.name = "digits"
+                print0(f"NO MNIST, TRAINING ON DIGITS DRAWN BY THIS PROGRAM: {error}")
+        if self.name == "digits":
+            arrays = draw_digits()
+            source = "".join(FONT).encode()       # CPUs round what is drawn differently
+        else:
+            source = arrays[0].tobytes()
+        train, labels, val, val_labels = [torch.from_numpy(a.copy()).to(DEVICE) for a in arrays]
+        self.train = train.flatten(1)[:c.train_size or None]
+        self.labels = labels[:c.train_size or None]
+        self.val = val.flatten(1)
+        self.val_labels = val_labels
+        self.drop_label = c.drop_label
+        self.T = N_PIXELS
+        self.unit = "pixel"
+        sha256 = hashlib.sha256(source).hexdigest()
+        self.meta = {"alphabet": "", "data": {"name": self.name, "sha256": sha256}}
+
+    def __str__(self):
+        return f"{self.name}: {len(self.train):,} images to train, {len(self.val):,} to validate"
+
+    def batch(self, n):
+        i = torch.randint(len(self.train), (n,)).to(DEVICE)
+        hidden = torch.rand(n, 1, device=DEVICE)[:, 0] < self.drop_label
+        return self.train[i].long(), self.labels[i].long().masked_fill(hidden, -1)
+
+
+# pictures
+
+def to_bytes(x):
+    """Images in [-1, 1] -> uint8."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def grid(images, columns):
+    """Images (n, 28, 28) -> one (rows * 28, columns * 28), row by row; what is missing is black."""
+    rows = -(-len(images) // columns)
+    images = F.pad(images, (0, 0, 0, 0, 0, rows * columns - len(images)), value=-1)
+    images = images.view(rows, columns, 28, 28).transpose(1, 2)
+    return images.reshape(rows * 28, columns * 28)
+
+
+def png_chunk(kind, data):
+    crc = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+
+def png(image):
+    """The bytes of a grey PNG of an image (height, width) in [-1, 1]."""
+    height, width = image.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rows = F.pad(to_bytes(image), (1, 0))           # a zero before each: no filter
+    body = zlib.compress(rows.numpy().tobytes(), 9)
+    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", body)
+            + png_chunk(b"IEND", b""))
+
+
+def noise_to_digit(method, label, s, n=12):
+    """n looks at one digit while it is drawn, side by side: (28, n * 28)."""
+    frames = [z[0] for z, _ in sample_images(method, label, s)]
+    looks = torch.linspace(0, s.steps - 1, min(s.steps, n)).round().int().tolist()
+    return grid(torch.stack([frames[i] for i in looks]), len(looks))
 
 
 if __name__ == "__main__":

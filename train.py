@@ -1,19 +1,20 @@
-"""Train the masked diffusion model, or with --objective=ar its autoregressive twin. Here live, once for every method, the loop (fit),
-the bound over a validation split (evaluate) and checkpoints (save, load).          settings: config.Config and config.Masked
+"""Train masked diffusion, or with --objective=ar its autoregressive baseline, on characters.
+fit and evaluate are shared by every script that trains.   settings: config.Masked
 
-    python train.py                                        # tiny Shakespeare if it can be had, else Python's own documentation
+    python train.py
     python train.py --dataset=my.txt --max_iters=2000
-    python train.py --resume                               # goes on where the run stopped, to the bit on a CPU
-    torchrun --nproc_per_node=2 train.py --grad_accum=2"""
+    python train.py --resume                    # goes on where the run stopped, to the bit
+    torchrun --nproc_per_node=2 train.py --grad_accum=2
+"""
+import contextlib
 import copy
 import csv
+import functools
 import math
-import os
 import signal
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,368 +22,397 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from config import AMP, COLOR, DEVICE, GPU, HERE, Bits, Embed, Masked, Mnist, Sample, parse, run
+from checkpoint import Run, start_or_resume
+from config import AMP, DEVICE, GPU, RANK, WORLD_SIZE, Masked, Sample, check, print0, run
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
-from model import Transformer, compile_net
+from model import Transformer
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
-FIRST = 100   # the first report comes at this step, before anything is compiled
-LOG = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]   # log.csv: losses in nats, bits per character
-METHODS = {"masked": (Masked, "train.py", "generate.py"), "ar": (Masked, "train.py", "generate.py"),   # settings, what trains, what samples
-           "mnist": (Mnist, "mnist_ddpm.py", "mnist_ddpm.py sample"), "bits": (Bits, "analog_bits.py", "analog_bits.py sample"),
-           "embed": (Embed, "embed_diffusion.py", "embed_diffusion.py sample")}
-BAKED = ("objective predict patch train_size block_size n_layer n_head n_embd time optimizer code head selfcond prior hint spread dim rows norm "
-         "learned positions fluency table").split()   # for good
+SETTINGS = Masked
+SAMPLER = Sample
+FIRST_EVAL = 100                                 # before anything is compiled
+LOG_COLUMNS = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]
 
 
 def build(c, meta):
-    """The method of a run: c its Masked settings, meta its alphabet -> MaskedDiffusion or Autoregressive."""
+    """The method of a run, from its settings and its alphabet."""
     V = len(meta["alphabet"])
-    net = Transformer(c, nn.Embedding(V + 1, c.n_embd), V, causal=c.objective == "ar")
-    return Autoregressive(net, V) if c.objective == "ar" else MaskedDiffusion(net, V, c.schedule, c.weight)
+    embed = nn.Embedding(V + 1, c.n_embd)
+    net = Transformer(c, embed, V, causal=c.objective == "ar")
+    if c.objective == "ar":
+        return Autoregressive(net, V)
+    return MaskedDiffusion(net, V, c.schedule, c.loss)
 
 
-# ---- evaluation
+def reseed(*key):
+    """Seed torch with a tuple of integers. Micro-batch i of a step has a seed of its own, so that
+    resuming is exact without a saved RNG state, evaluation changes nothing, and it does not
+    matter which process takes which micro-batch."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-def text_error(windows):
-    """Standard error of the mean of a text's windows (W,), where neighbours are alike: deviation of 50 contiguous blocks / sqrt 50."""
-    blocks = torch.stack([b.mean() for b in windows.tensor_split(min(50, len(windows)))])
-    return (blocks.std() / len(blocks) ** .5).item()
+
+def get_lr(step, c):
+    """Linear warm-up, constant, and over the second half a linear decay to zero."""
+    warmup = (step + 1) / (c.warmup_iters + 1)
+    decay = 2 * (1 - step / c.max_iters)
+    return c.learning_rate * min(warmup, decay, 1)
+
+
+def build_optimizers(method, c):
+    """AdamW, or with optimizer=muon Muon for the matrices of the blocks and AdamW for the rest."""
+    matrices = []
+    rest = []
+    for name, p in method.named_parameters():
+        is_matrix = "blocks." in name and "conv" not in name
+        if is_matrix and c.optimizer == "muon":
+            matrices.append(p)
+        else:
+            rest.append(p)
+    opts = [torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=c.weight_decay, fused=True)]
+    if matrices:
+        opts.append(torch.optim.Muon(matrices, weight_decay=c.weight_decay,
+                                     adjust_lr_fn="match_rms_adamw"))
+    return opts
+
+
+def train_step(method, data, c, step, opts, scaler, stop):
+    """One update. -> the mean loss over the micro-batches of all processes, whether to stop"""
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = get_lr(step, c)
+
+    # gradients
+    total = torch.zeros((), device=DEVICE)
+    for i in range(RANK, c.grad_accum, WORLD_SIZE):
+        reseed(c.seed, step, i)
+        loss = method(data.batch(c.batch_size)) / c.grad_accum
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    if WORLD_SIZE > 1:
+        total, stop = all_reduce(method, total, stop)
+
+    # clip and update; after an fp16 overflow every optimizer skips the step, not only one of them
+    for opt in opts:
+        scaler.unscale_(opt)
+    grad_norm = nn.utils.clip_grad_norm_(method.parameters(), c.grad_clip or math.inf)
+    for opt in opts:
+        if not scaler.is_enabled() or grad_norm.isfinite():
+            scaler.step(opt)
+        opt.zero_grad(set_to_none=True)
+    scaler.update()
+    return total, stop
+
+
+@torch.no_grad()
+def update_ema(ema, method, step, decay):
+    """Move ema 1 - decay of the way to method, in the first steps more."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(method.parameters()), 1 - decay)
 
 
 @torch.no_grad()
 def evaluate(method, val, levels, batch_size=128, seed=0):
-    """The bound of method on the windows val (W, ...), each at `levels` stratified noise levels, with the same noise every time.
-
-    -> dict: bound and stderr (`text_error`) in nats per character, bits per character, masked_ce = total CE / number masked (not a
-    bound; nan where nothing is masked), buckets = mean nats in fifths of t, windows = the bound of each window (W,) in float64."""
-    W, g = len(val), torch.Generator().manual_seed(seed)
-    place = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W         # window w, level j: u = (j + place_w) / levels
-    u = ((torch.arange(levels) + place[:, None]) / levels).flatten().to(val.device)   # (W * levels,)
+    """The bound on the windows val (W, T), each at `levels` stratified noise levels, with the same
+    noise every time. -> dict: bound and stderr in nats per character, bits, windows (W,) float64;
+    masked_ce, the mean over all masked tokens (no bound); fifths, mean nats by noise level."""
+    W = len(val)
+    g = torch.Generator().manual_seed(seed)
+    jitter = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W
+    u = ((torch.arange(levels) + jitter[:, None]) / levels).flatten().to(val.device)
     seeds = np.random.SeedSequence((seed, W)).generate_state(W * levels).tolist()
-    draws = [method.bound(val[rows // levels].long(), u[rows], [seeds[i] for i in rows]) for rows in torch.arange(W * levels).split(batch_size)]
-    nats, t = (torch.cat(parts).cpu().double() for parts in zip(*draws, strict=True))  # (W * levels,) each
-    windows = nats.view(W, levels).mean(1)                                            # (W,)
+
+    nats = []
+    noise_level = []
+    for rows in torch.arange(W * levels).split(batch_size):
+        x0 = val[rows // levels].long()
+        row_nats, row_level = method.bound(x0, u[rows], [seeds[i] for i in rows])
+        nats.append(row_nats)
+        noise_level.append(row_level)
+    nats = torch.cat(nats).cpu().double()                              # (W levels,)
+    noise_level = torch.cat(noise_level).cpu().double()
+
+    windows = nats.view(W, levels).mean(1)
     bound = windows.mean().item()
-    return dict(bound=bound, stderr=text_error(windows), bits=bound / math.log(2), windows=windows,
-                masked_ce=((t * nats).sum() / t.sum()).item() if method.noise == "share masked" else math.nan,
-                buckets=[nats[(5 * t - 1e-6).ceil().clamp(1, 5) == i].mean().item() for i in range(1, 6)])
+    fifth = (5 * noise_level - 1e-6).ceil().clamp(1, 5)
+    masked_ce = math.nan
+    if method.noise_name == "share masked":
+        masked_ce = ((noise_level * nats).sum() / noise_level.sum()).item()
+    return {
+        "bound": bound,
+        "stderr": block_stderr(windows),
+        "bits": bound / math.log(2),
+        "windows": windows,
+        "masked_ce": masked_ce,
+        "fifths": [nats[fifth == i].mean().item() for i in range(1, 6)],
+    }
 
 
-def glance(val, c, method):
-    """What a glance during training evaluates: (evenly spaced windows, levels), forward passes for about a twentieth of the run's."""
-    levels = min(4, method.levels)
-    n = min(len(val), max(2, c.eval_interval * c.batch_size * c.grad_accum // WORLD // 10 // levels))
+def block_stderr(windows, n_blocks=50):
+    """Standard error of the mean of windows (W,). Neighbours are alike, so it is that of 50
+    contiguous blocks."""
+    blocks = windows.tensor_split(min(n_blocks, len(windows)))
+    means = torch.stack([block.mean() for block in blocks])
+    return (means.std() / len(means) ** 0.5).item()
+
+
+@dataclass
+class Progress:
+    """How far a run has come; saved in its ckpt.pt."""
+    step: int = 0
+    seconds: float = 0.0
+    best_bound: float = math.inf
+    log: list = field(default_factory=list)                            # the rows of log.csv
+    loss_sum: torch.Tensor | float = 0.0                               # since the last evaluation
+    loss_count: int = 0
+
+
+def fit(method, data, c, meta, show_sample, state=None):
+    """Train method, an nn.Module whose forward(batch) is its loss; state: a checkpoint to go on
+    from. show_sample(ema, out) is called after every evaluation, out being the run's folder.
+    -> that folder, or None if the run was stopped"""
+    join_processes(c, meta)
+    run = Run(c, meta, resumed=state is not None)
+
+    # the model, its average, the optimizers, and how far the run has come
+    method.to(DEVICE).train()
+    ema = copy.deepcopy(method).eval().requires_grad_(False)
+    opts = build_optimizers(method, c)
+    scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
+    parts = {"model": method, "ema": ema, "scaler": scaler}
+    for opt in opts:
+        parts[type(opt).__name__] = opt
+    progress = Progress()
+    if state:
+        run.restore(parts, state)
+        progress = Progress(**state["progress"])
+    n_params = sum(p.numel() for p in method.parameters())
+    print0(f"{meta['method']}, {n_params:,} parameters, {DEVICE} {AMP} x {WORLD_SIZE} | {data} | "
+           "Ctrl-C saves, --resume goes on")
+
+    compile_at = None
+    if c.compile and c.max_iters >= 1000:
+        compile_at = max(progress.step, FIRST_EVAL)
+    stop = StopSignal()
+    stopping = False
+    start_time = time.perf_counter() - progress.seconds
+    lap = progress.step, time.perf_counter()
+    # disable=None: shown in a terminal only
+    bar = tqdm(total=c.max_iters, initial=progress.step, disable=RANK > 0 or None)
+    while progress.step < c.max_iters and not stopping:
+        if progress.step == compile_at:
+            compile_net(method, data, c)
+            lap = progress.step, time.perf_counter()
+
+        # one step
+        loss, stopping = train_step(method, data, c, progress.step, opts, scaler, stop.requested)
+        update_ema(ema, method, progress.step, c.ema)
+        progress.step += 1
+        progress.loss_sum += loss
+        progress.loss_count += 1
+        bar.update()
+
+        # look at the loss only every ten steps: a GPU has to be waited for
+        evaluating = progress.step % c.eval_interval == 0
+        evaluating = evaluating or progress.step in (FIRST_EVAL, c.max_iters)
+        if progress.step % 10 and not evaluating and not stopping:
+            continue
+        mean_loss = progress.loss_sum.item() / progress.loss_count
+        bar.set_postfix_str(f"loss {mean_loss:.3f}")
+        check_finite(mean_loss, method, progress.step)
+
+        # the first process evaluates, saves and shows a sample; the others wait for it
+        if RANK == 0 and evaluating:
+            progress.seconds = time.perf_counter() - start_time
+            log_evaluation(ema, data, c, run, progress, mean_loss, lap)
+        if evaluating:
+            progress.loss_sum = torch.zeros_like(loss)
+            progress.loss_count = 0
+        if RANK == 0 and (evaluating or stopping):
+            progress.seconds = time.perf_counter() - start_time
+            states = {name: part.state_dict() for name, part in parts.items()}
+            run.save("ckpt.pt", {**states, "step": progress.step, "progress": vars(progress)})
+            with not_fatal("log.csv"):
+                write_log(run.out / "log.csv", progress.log)
+        if RANK == 0 and evaluating:
+            with not_fatal("the sample"):
+                show_sample(ema, run.out)
+        if evaluating:
+            lap = progress.step, time.perf_counter()
+
+    bar.close()
+    stop.restore()
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    if progress.step < c.max_iters:
+        print0(f"stopped at step {progress.step}, saved in {run.out}; --resume goes on")
+        return None
+    if RANK == 0:
+        evaluate_best(ema, data, run)
+    return run.out
+
+
+def main(argv):
+    c, state = start_or_resume(argv, Masked, ["masked", "ar"])
+    data = Text(c)
+    reseed(c.seed)
+    method = build(c, data.meta)
+
+    def show_sample(ema, out):
+        show_text(ema, data, c, Sample(steps=64))
+
+    meta = {"method": c.objective, "script": "train", **data.meta}
+    out = fit(method, data, c, meta, show_sample, state)
+    if out:
+        print0(f"done: python generate.py --out={out}")
+
+
+# -------------------------------------------------------------------------------------------------
+# what the first process reports and saves
+
+def log_evaluation(ema, data, c, run, progress, mean_loss, lap):
+    """Print the bound of the averaged weights, add it to the log, and save the best of them.
+    lap: step and time of the last evaluation's end."""
+    step, start_time = lap
+    n = (progress.step - step) * c.grad_accum * c.batch_size * data.T
+    speed = n / (time.perf_counter() - start_time)
+    e = evaluate(ema, *eval_subset(data.val, c, ema))
+    print0(f"step {progress.step} | loss {mean_loss:.3f} | {describe(e, ema, data.unit)} | "
+           f"{speed:,.0f} {data.unit}s/s")
+    progress.log.append([progress.step, round(progress.seconds, 1), mean_loss, e["bound"],
+                         e["stderr"], e["bits"], e["masked_ce"], get_lr(progress.step - 1, c)])
+    if e["bound"] < progress.best_bound or not ema.early_stopping:
+        progress.best_bound = e["bound"]
+        run.save("best.pt", {"step": progress.step, "ema": ema.state_dict()})
+
+
+def write_log(path, rows):
+    with path.open("w", newline="") as f:
+        csv.writer(f).writerows([LOG_COLUMNS, *rows])
+
+
+@contextlib.contextmanager
+def not_fatal(what):
+    """What cannot be written here is said once, and training goes on."""
+    try:
+        yield
+    except OSError as error:
+        print_once(f"cannot write {what}, training goes on: {error}")
+
+
+print_once = functools.cache(print0)
+
+
+def check_finite(loss, method, step):
+    finite = all(p.isfinite().all() for p in method.parameters())
+    check(finite and math.isfinite(loss), f"the loss, {loss:.3g}, or a weight is no number at step "
+          f"{step}; what was saved is complete; try a lower --learning_rate")
+
+
+def evaluate_best(ema, data, run):
+    """Add to the best weights of a run their bound on the whole validation split."""
+    best = torch.load(run.out / "best.pt", map_location=DEVICE, weights_only=True)
+    ema.load_state_dict(best["ema"])
+    e = evaluate(ema, data.val, ema.eval_levels)
+    run.save("best.pt", {**best, "bound": e["bound"], "stderr": e["stderr"]})
+    run.write_status("finished")
+    print0(f"best weights, of step {best['step']}, over the whole validation split: "
+           f"{describe(e, ema, data.unit)}")
+
+
+def show_text(ema, data, c, s):
+    """Print a block of text, from the same noise every time."""
+    reseed(c.seed)
+    x = torch.zeros(1, c.block_size, dtype=torch.long, device=DEVICE)
+    nothing_known = torch.zeros_like(x, dtype=torch.bool)
+    *_, (x, confidence) = ema.sample(x, nothing_known, s)
+    print0(data.tokenizer.paint(x[0].tolist(), confidence[0].tolist()))
+
+
+def eval_subset(val, c, method):
+    """Evenly spaced windows of val and levels, for about a twentieth of the run's time."""
+    levels = min(4, method.eval_levels)
+    passes = c.eval_interval * c.batch_size * c.grad_accum // WORLD_SIZE // 10
+    n = min(len(val), max(2, passes // levels))
     return val[torch.linspace(0, len(val) - 1, n).long()], levels
 
 
-def report(e, method):
-    """One evaluation in words; with one level per window the bound is the likelihood itself, and there is no noise to sort it by."""
-    line = f"{e['bound']:.4f} ± {e['stderr']:.4f} nats/{method.unit} = {e['bits']:.3f} ± {e['stderr'] / math.log(2):.3f} bits"
-    fifths = zip(("0-.2", ".2-.4", ".4-.6", ".6-.8", ".8-1"), e["buckets"], strict=True)
-    more = f" | masked CE {e['masked_ce']:.3f}" * (e["masked_ce"] > 0) + f" | by {method.noise}: " + "  ".join(f"{s}: {b:.2f}" for s, b in fifths)
-    return line + ", exact" if method.levels == 1 else line + ", a bound" + more
+def describe(e, method, unit):
+    """What evaluate returned, in words; unit: char, byte or pixel."""
+    line = (f"{e['bound']:.4f} ± {e['stderr']:.4f} nats/{unit} = {e['bits']:.3f} ± "
+            f"{e['stderr'] / math.log(2):.3f} bits")
+    if method.eval_levels == 1:
+        return f"{line}, exact"
+    line += ", a bound"
+    if method.noise_name == "share masked":
+        line += f" | masked CE {e['masked_ce']:.3f}"
+    fifths = "  ".join(f"{i / 5:.1f}: {nats:.2f}" for i, nats in enumerate(e["fifths"], 1))
+    return f"{line} | by {method.noise_name} up to {fifths}"
 
 
-# ---- checkpoints
+# signals, processes, the compiler
 
-def folder(c, name):
-    """The folder of a run: out, or out/<method> beside the scripts."""
-    return Path(c.out) if c.out else HERE / "out" / name
+class StopSignal:
+    """The first Ctrl-C, SIGTERM or SIGHUP lets the step finish and saves, the second ends it."""
 
+    def __init__(self):
+        self.requested = False
+        self.previous = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):                                  # Windows has no SIGHUP
+                number = getattr(signal, name)
+                self.previous[number] = signal.signal(number, self.request)
 
-def make_room(out, name):
-    """An empty folder for a fresh run; an earlier run that is there moves to the next free number, and is named."""
-    if (out / "ckpt.pt").exists():
-        out = out.resolve()
-        aside = next(p for p in (out.with_name(f"{out.name}.{i}") for i in range(1, 10 ** 6)) if not p.exists())
-        out.rename(aside)
-        print(f"the run in {out} is now in {aside}; to go on with it: python {METHODS[name][1]} --resume --out={aside}")
-    out.mkdir(parents=True, exist_ok=True)
+    def request(self, *_):
+        self.requested = True
+        self.restore()
 
-
-def save(path, state):
-    """Write state to path whole or not at all; one line and exit 1 if the disk will not take it."""
-    part = path.with_suffix(".part")
-    try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        raise SystemExit(f"cannot write {path} ({str(e).splitlines()[0]}); what was saved before is whole") from None
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
-def read(path, methods=("masked", "ar")):
-    """The dict in a checkpoint file, its config as settings; a file that is missing, damaged, of another version or of a method that
-    is not one of `methods` is one line and exit 1."""
-    try:
-        state = torch.load(path, map_location=DEVICE, weights_only=True)
-        name, config = state["method"], state["config"]
-        if name not in methods:
-            raise SystemExit(f"{path} is a {name} checkpoint: python {METHODS[name][2] if name in METHODS else '?'} --out={path}")
-        if extra := config.keys() - {f.name for f in fields(METHODS[name][0])}:
-            raise SystemExit(f"{path} was made by another version: it has the setting {min(extra)!r}")
-        if lost := {f.name for f in fields(METHODS[name][0])} - config.keys() - {"out", "resume", "train_size"}:
-            raise SystemExit(f"{path} was made by another version: it lacks the setting {min(lost)!r}")
-        if not all(p.isfinite().all() for p in state["ema"].values()):
-            raise SystemExit(f"{path} has weights that are no numbers: its run diverged")
-        if [*map(type, (state["step"], state["alphabet"], state["data"]["name"], state["data"]["sha256"]))] != [int, str, str, str]:
-            raise TypeError
-        return {**{k: state[k] for k in ("alphabet", "data", "step", "ema")}, **state, "config": METHODS[name][0](**config)}
-    except FileNotFoundError:
-        begun = (Path(path).parent / "ckpt.pt").exists()
-        why = "its run has not yet come to its first report, --resume goes on with it" if begun else "train first, or pass --out=FOLDER"
-        raise SystemExit(f"no checkpoint at {path}: {why}") from None
-    except Exception as e:   # whatever torch.load makes of a file that is cut or foreign
-        raise SystemExit(f"{path} is damaged, or no checkpoint of this project ({type(e).__name__})") from None
+def join_processes(c, meta):
+    """Join the processes of torchrun; all must read the same data."""
+    check(c.grad_accum % WORLD_SIZE == 0,
+          f"grad_accum={c.grad_accum} is not a multiple of the {WORLD_SIZE} processes")
+    if WORLD_SIZE == 1:
+        return
+    # two hours, because the others wait while the first evaluates
+    backend = "nccl" if GPU else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    data = [None] * WORLD_SIZE
+    dist.all_gather_object(data, meta["data"])
+    names = ", ".join(d["name"] for d in data)
+    check(all(d == data[0] for d in data), f"the processes read different data: {names}")
 
 
-def load(path, build, methods=("masked", "ar")):
-    """A checkpoint, or a run's folder (its best.pt) -> (build(settings, meta) with the averaged weights, settings, meta); errors: `read`'s."""
-    state = read(Path(path) / "best.pt" if Path(path).is_dir() else Path(path), methods)
-    c, meta = state["config"], {k: state[k] for k in ("method", "alphabet", "data", "step")}
-    method = build(c, meta)
-    try:
-        method.load_state_dict(state["ema"])                                          # into fp32, whatever it was saved in
-    except RuntimeError:
-        raise SystemExit(f"{path} was made by another version: its weights do not fit") from None
-    return method.to(DEVICE).eval(), c, meta
-
-
-def restore(out, c, meta, parts):
-    """Load ckpt.pt of the run in out into parts: method, average, scaler, optimizers. -> where the run is"""
-    state = read(out / "ckpt.pt", (meta["method"],))
-    if state["data"] != meta["data"]:
-        raise SystemExit(f"{out} was trained on {state['data']['name']}, not on this {meta['data']['name']}")
-    if state["step"] >= c.max_iters and "bound" in read(out / "best.pt", (meta["method"],)):
-        raise SystemExit(f"{out} is finished, at step {state['step']}; --max_iters={2 * state['step']} would go on")
-    for part, saved in zip(parts, [state["model"], state["ema"], state["scaler"], *state["optimizers"]], strict=True):
-        if saved:                                         # the scaler of a CPU has nothing to say to that of a GPU
-            part.load_state_dict(saved)
-    return state["at"]
-
-
-def resumed(argv, c, name):
-    """The settings a run goes on with: its own, but for what is typed in argv; told, and refused where the network would change."""
-    was = replace(read(folder(c, name) / "ckpt.pt", [m for m in METHODS if METHODS[m][0] is type(c)])["config"], out=c.out, resume=True)
-    now = parse(argv, was)
-    for k, old in asdict(was).items():
-        new = getattr(now, k)
-        if new != old and k in BAKED:
-            raise SystemExit(f"--{k}={new}: this run has {k}={old}, which cannot change; leave --resume out for a new run")
-        if new != old and RANK == 0:
-            print(f"{k}: {old} -> {new}")
-    return now
-
-
-# ---- training
-
-def reseed(*key):
-    """Seed torch from a tuple of integers. Every micro-batch has a stream of its own, (seed, step, i): resuming is exact with no generator
-    saved, evaluating or sampling in the middle changes nothing, and it does not matter which process takes which micro-batch."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
-def learning_rate(c, step):
-    """Linear warm-up, constant, and over the last half a linear decay to zero: a function of the step alone."""
-    return c.learning_rate * min((step + 1) / (c.warmup_iters + 1), 2 * (1 - step / c.max_iters), 1)
-
-
-def optimizers(method, c):
-    """AdamW for everything; or with optimizer=muon, Muon for the matrices of the blocks at the same learning rate."""
-    muon = {n: p for n, p in method.named_parameters() if c.optimizer == "muon" and "blocks." in n and n.endswith("weight")}
-    rest = [p for n, p in method.named_parameters() if n not in muon]
-    adamw = torch.optim.AdamW(rest, betas=(.9, .98), weight_decay=c.weight_decay, fused=True)
-    return [adamw, torch.optim.Muon(muon.values(), weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")] if muon else [adamw]
-
-
-def share(method, loss, stop):
-    """Add up gradients, loss and the wish to stop over the processes of torchrun, in one message. -> (loss, whether to stop)"""
-    if WORLD == 1:
-        return loss, stop.asked
+def all_reduce(method, loss, stop):
+    """Sum gradients, loss and the wish to stop over all processes, in one message."""
     grads = [p.grad for p in method.parameters()]
-    flat = torch.cat([*(g.flatten() for g in grads), torch.stack([loss, torch.full_like(loss, stop.asked)])])
+    flags = torch.stack([loss, torch.full_like(loss, stop)])
+    flat = torch.cat([*(g.flatten() for g in grads), flags])
     try:
         dist.all_reduce(flat)
     except RuntimeError:
         raise SystemExit("another process has ended, so this one does") from None
-    for g, part in zip(grads, flat[:-2].split([g.numel() for g in grads]), strict=True):
-        g.copy_(part.view_as(g))
+    sums = flat[:-2].split([g.numel() for g in grads])
+    for g, total in zip(grads, sums, strict=True):
+        g.copy_(total.view_as(g))
     return flat[-2], flat[-1].item() > 0
 
 
-def train_step(method, data, c, step, opts, scaler, stop):
-    """One update, from this process's share of the step's micro-batches. -> (mean loss over all of them, whether to stop)"""
-    for group in (g for o in opts for g in o.param_groups):
-        group["lr"] = learning_rate(c, step)
-    loss = torch.zeros((), device=DEVICE)
-    for i in range(RANK, c.grad_accum, WORLD):
-        reseed(c.seed, step, i)
-        part = method(data.batch(c.batch_size)) / c.grad_accum
-        scaler.scale(part).backward()
-        loss += part.detach()
-    loss, ending = share(method, loss, stop)
-    for o in opts:
-        scaler.unscale_(o)
-    norm = nn.utils.clip_grad_norm_(method.parameters(), c.grad_clip or math.inf)
-    for o in opts:
-        if not scaler.is_enabled() or norm.isfinite():     # an overflow in fp16 skips the step of every optimizer, not only of one
-            scaler.step(o)
-        o.zero_grad(set_to_none=True)
-    scaler.update()
-    return loss, ending
-
-
-def first_line(method, data, c, meta, steps):
-    """What is about to happen: model, size, device, data, how long (two passes are timed), how to stop and go on."""
-    for _ in range(2):
-        begun = time.time()
+def compile_net(method, data, c):
+    """Compile the network in place, or go on without where that fails (no C++ compiler)."""
+    # else the compiled gradient of an embedding is summed in any order
+    torch.use_deterministic_algorithms(DEVICE == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        method.net.compile(dynamic=False)
         method(data.batch(c.batch_size)).backward()
-        method.zero_grad(set_to_none=True)
-        if GPU:
-            torch.cuda.synchronize()
-    minutes = (time.time() - begun) * steps * c.grad_accum / WORLD / 60
-    return (f"{meta['method']}, {sum(p.numel() for p in method.parameters()):,} parameters, {DEVICE} {str(AMP)[6:]}"
-            f"{f' x {WORLD}' if WORLD > 1 else ''} | {data} | {steps:,} steps, about {minutes:.0f} min{', less once compiled' if c.compile else ''}"
-            " | Ctrl-C saves, --resume goes on")
-
-
-class Stop:
-    """Ctrl-C or SIGTERM: the first lets the step finish and saves, the second ends at once."""
-
-    def __init__(self):
-        self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, *_):
-        if self.asked:
-            raise SystemExit("stopped at once; the last checkpoint is whole")
-        self.asked = True
-
-    def restore(self):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-
-def fit(method, data, c, meta, show=None):
-    """Train method, a module whose forward(batch) is its loss, on data.batch(n), and evaluate its moving average on data.val.
-
-    Every c.eval_interval steps the run's folder gets log.csv, ckpt.pt (all that is needed to go on) and, if the bound fell or
-    method.early_stopping is off, best.pt (the averaged weights); then show(averaged method) is called. A run that ends adds to best.pt its
-    bound over the whole split. -> the averaged method with its best weights, or None if the run was stopped."""
-    if c.grad_accum % WORLD:
-        raise SystemExit(f"grad_accum={c.grad_accum} is not a multiple of the {WORLD} processes")
-    if WORLD > 1:
-        dist.init_process_group("nccl" if GPU else "gloo", timeout=timedelta(hours=2))   # the others wait while the first evaluates
-        texts = [None] * WORLD
-        dist.all_gather_object(texts, meta["data"])
-        if texts != texts[:1] * WORLD:
-            raise SystemExit(f"the processes read different data: {', '.join(t['name'] for t in texts)}")
-    out, say = folder(c, meta["method"]), tqdm.write if RANK == 0 else lambda line: None
-    method.to(DEVICE).train()
-    ema = copy.deepcopy(method).eval().requires_grad_(False)
-    opts, scaler = optimizers(method, c), torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
-    at = dict(step=0, seconds=0.0, loss=torch.zeros((), device=DEVICE), count=0, best=math.inf, log=[])   # where the run is
-    if c.resume:
-        at = restore(out, c, meta, [method, ema, scaler, *opts])
-    elif RANK == 0:
-        make_room(out, meta["method"])
-    keep = {**meta, "config": {k: v for k, v in asdict(c).items() if k not in ("out", "resume")}}
-    say(first_line(method, data, c, meta, c.max_iters - at["step"]))
-    begun, since, compiled, ending, stop = time.time() - at["seconds"], time.time(), False, False, Stop()
-    place = out.stat().st_ino if RANK == 0 else None
-
-    def look_and_log(mean, spent):
-        e = evaluate(ema, *glance(data.val, c, method))
-        rate = data.T * c.batch_size * c.grad_accum * at["count"] / spent
-        say(f"step {at['step']} | loss {mean:.3f} | {report(e, method)} | {rate:,.0f} {method.unit}s/s")
-        at["log"].append([at["step"], round(time.time() - begun, 1), mean, *(e[k] for k in LOG[3:7]), learning_rate(c, at["step"] - 1)])
-        if e["bound"] < at["best"] or not method.early_stopping:
-            at["best"] = e["bound"]
-            save(out / "best.pt", {**keep, "step": at["step"], "ema": ema.state_dict()})
-
-    def checkpoint():
-        at["seconds"] = time.time() - begun
-        if out.stat().st_ino != place:
-            raise SystemExit(f"another run has taken {out}; this one stops, and what it saved is in the folder beside it")
-        with (out / "log.csv").open("w", newline="", encoding="utf-8") as f:
-            csv.writer(f).writerows([LOG, *at["log"]])
-        save(out / "ckpt.pt", {**keep, "step": at["step"], "model": method.state_dict(), "ema": ema.state_dict(), "at": at,
-                               "optimizers": [o.state_dict() for o in opts], "scaler": scaler.state_dict()})
-
-    bar = tqdm(total=c.max_iters, initial=at["step"], disable=None if RANK == 0 else True, dynamic_ncols=True)
-    while at["step"] < c.max_iters and not ending:
-        step = at["step"]
-        if c.compile and not compiled and step >= FIRST and c.max_iters >= 10 * FIRST:
-            compiled, since = compile_net(method, data, c), time.time()
-        loss, ending = train_step(method, data, c, step, opts, scaler, stop)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(method.parameters()), 1 - min(c.ema, (1 + step) / (10 + step)))
-        at.update(step=step + 1, loss=at["loss"] + loss, count=at["count"] + 1)
-        bar.update()
-        due = at["step"] in (FIRST, c.max_iters) or at["step"] % c.eval_interval == 0
-        if due or ending or step % 10 == 0:
-            mean = at["loss"].item() / at["count"]
-            bar.set_postfix_str(f"loss {mean:.3f}")
-            if not math.isfinite(mean) or (due or ending) and not all(p.isfinite().all() for p in method.parameters()):
-                raise SystemExit(f"the loss is {mean}, or a weight is no number, at step {at['step']}, learning rate "
-                                 f"{learning_rate(c, step):.2g}; the last checkpoint is whole; try a lower --learning_rate")
-        if due:
-            if RANK == 0:
-                look_and_log(mean, time.time() - since)
-            at.update(loss=torch.zeros_like(loss), count=0)
-        if RANK == 0 and (due or ending):
-            checkpoint()
-        if RANK == 0 and due and show:
-            show(ema)
-        since = time.time() if due else since
-    bar.close()
-    stop.restore()
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if at["step"] < c.max_iters:
-        return say(f"stopped at step {at['step']}, saved in {out}; --resume goes on")
-    if RANK == 0:
-        best = read(out / "best.pt", (meta["method"],))
-        ema.load_state_dict(best["ema"])
-        e = evaluate(ema, data.val, ema.levels)
-        save(out / "best.pt", {**best, "config": keep["config"], "bound": e["bound"], "stderr": e["stderr"]})
-        say(f"best weights, of step {best['step']}, over the whole validation split: {report(e, ema)}")
-    return ema
-
-
-def start(argv, c, name, read_data, build, show, begin=lambda method, data, c: None):
-    """What every script that trains does with its settings c: resume or begin, read the data, fit, and say how to sample.
-    name of the method; read_data(c), build(c, meta); begin(method, data, c) before the first step, show(averaged method, data, c) after each
-    evaluation. -> what fit returns, data"""
-    c = resumed(argv, c, name) if c.resume else c
-    name = getattr(c, "objective", name)                                              # of the run that is resumed, not of what is typed
-    data, out = read_data(c), folder(c, name)
-    if data.warning and RANK == 0:
-        print(data.warning)
-    reseed(c.seed)
-    method = build(c, data.meta)
-    begin(method, data, c)
-    ema = fit(method, data, c, {"method": name, **data.meta}, lambda ema: show(ema, data, c))
-    if ema and RANK == 0:
-        print(f"done: python {METHODS[name][2]}{'' if out == HERE / 'out' / name and name != 'ar' else f' --out={out}'} writes with it")
-    return ema, data
-
-
-def show_text(how):
-    """-> show for `start`: one block of text, by the sampler's settings how, the same noise every time."""
-    def show(ema, data, c):
-        reseed(c.seed)
-        nothing = torch.zeros(1, c.block_size, dtype=torch.long, device=DEVICE)
-        *_, (x, sure) = ema.sample(nothing, nothing > 0, how)
-        tqdm.write("\n" + data.alphabet.paint(x[0].tolist(), sure[0].tolist(), COLOR) + "\n")
-    return show
-
-
-def main(argv):
-    c = parse(argv, Masked())
-    start(argv, c, c.objective, Text, build, show_text(Sample(steps=64)))
+    except Exception as error:
+        method.net._compiled_call_impl = None
+        print0(f"going on without torch.compile, which failed here: {type(error).__name__}")
+    method.zero_grad(set_to_none=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Golden digits: do losses, bounds, texts and pictures still come out as they were recorded?
 
-    python -m experiments.golden                        # compare with tests/golden.json, half a minute
-    python -m experiments.golden --record=bits.td       # record anew the cases of this beginning
-    python -m experiments.golden --record               # all of them; what changed is printed
+    python -m experiments.golden                    # compare with tests/golden.json: 15 seconds
+    python -m experiments.golden --record=bits.     # record anew the cases of this beginning
+    python -m experiments.golden --record           # all of them; what changed is printed
 
-fp32 on a CPU, one thread. Networks are tiny, texts are seeded integers, so no corpus is needed; results/masked.pt
-and results/judge.pt write as they ship.
+fp32 on a CPU, one thread. Networks are tiny and texts are seeded integers, so no corpus is needed;
+results/masked.pt and results/judge.pt write as they ship.
 """
 import contextlib
 import io
@@ -14,7 +14,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -28,25 +27,32 @@ import embed_diffusion  # noqa: E402
 import generate  # noqa: E402
 import mnist_ddpm  # noqa: E402
 import train  # noqa: E402
-from config import EMBED, HERE, RECIPES, Bits, CodeSampler, Embed, EmbedSampler, Masked, Mnist, Picture  # noqa: E402
-from data import Alphabet, patches  # noqa: E402
+from config import (  # noqa: E402
+    EMBED_RECIPES, HERE, MNIST_RECIPES, Bits, CodeSampler, Embed, EmbedSampler, ImageSampler,
+    Masked, Mnist)
+from data import CharTokenizer  # noqa: E402
 
 PATH = HERE / "tests/golden.json"
-TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, warmup_iters=2, max_iters=20, compile=False,
-            optimizer="adamw")   # Muon computes in bf16, which every kind of CPU rounds in its own way
-CHARS = "".join(map(chr, range(97, 117))) + "\n "   # 22 different
+CHARS = "\n abcdefghijklmnopqrst"
+# Muon computes in bf16, which every kind of CPU rounds in its own way: one case has it
+TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, warmup_iters=2,
+            max_iters=20, compile=False, optimizer="adamw")
 
 
 class Walk:
-    """A text of seeded integers: each is 1 to 3 more than the last, modulo the size of the alphabet."""
+    """A text of seeded integers: each is 1 to 3 more than the last, modulo the alphabet's size."""
     unit = "char"
+    T = 32
 
-    def __init__(self, T=32):
+    def __init__(self):
         g = torch.Generator().manual_seed(0)
         ids = torch.randint(1, 4, (3000,), generator=g).cumsum(0) % len(CHARS)
-        self.T, self.train, self.val = T, ids[:2000].to(torch.uint8), ids[2000:2000 + 16 * T].view(16, T).to(torch.uint8)
-        self.alphabet = Alphabet("".join(sorted(CHARS)))
-        self.meta = {"alphabet": self.alphabet.chars, "data": {"name": "walk", "sha256": ""}}
+        ids = ids.to(torch.uint8)
+        self.train = ids[:2000]
+        self.val = ids[2000:2000 + 16 * self.T].view(16, self.T)
+        self.tokenizer = CharTokenizer(CHARS)
+        self.meta = {"alphabet": CHARS, "is_bytes": False,
+                     "data": {"name": "walk", "sha256": ""}}
 
     def batch(self, n):
         start = torch.randint(len(self.train) - self.T + 1, (n, 1))
@@ -56,175 +62,243 @@ class Walk:
 class Blots:
     """Pictures of seeded integers: a bright square somewhere on a dark page, noise on both."""
     unit = "pixel"
+    T = 784
 
-    def __init__(self, patch=4):
+    def __init__(self):
         g = torch.Generator().manual_seed(0)
         images = torch.randint(0, 60, (48, 28, 28), generator=g)
-        for image, place in zip(images, torch.randint(0, 16, (48, 2), generator=g).tolist()):
-            image[place[0]:place[0] + 12, place[1]:place[1] + 12] += 180
-        self.train, self.labels = patches(images[:32].to(torch.uint8), patch), torch.arange(32) % 10
-        self.val = patches(images[32:40].to(torch.uint8), patch)
+        places = torch.randint(0, 16, (48, 2), generator=g).tolist()
+        for image, (row, column) in zip(images, places, strict=True):
+            image[row:row + 12, column:column + 12] += 180
+        images = images.flatten(1).to(torch.uint8)
+        self.train = images[:32]
+        self.val = images[32:40]
+        self.labels = torch.arange(32) % 10
         self.meta = {"alphabet": "", "data": {"name": "blots", "sha256": ""}}
 
     def batch(self, n):
         i = torch.randint(len(self.train), (n,))
-        return self.train[i].long(), self.labels[i]
+        hidden = torch.rand(n, 1)[:, 0] < 0.1
+        return self.train[i].long(), self.labels[i].masked_fill(hidden, -1)
 
 
-def trained(method, data, c, levels=4):
-    """The losses of c.max_iters steps and the bound after them; the method is then ready to sample. Weights that begin at zero are
-    drawn, so that from the first step on all of them matter."""
+def train_tiny(method, data, c, levels=4):
+    """The losses of c.max_iters steps and the bound after them; the method can then sample. What
+    begins at zero is drawn, so that every weight matters from the first step on."""
     method.train()
     for p in method.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
-    opts, scaler, stop = train.optimizers(method, c), torch.amp.GradScaler("cpu", enabled=False), SimpleNamespace(asked=False)
-    losses = [train.train_step(method, data, c, step, opts, scaler, stop)[0].item() for step in range(c.max_iters)]
+    opts = train.build_optimizers(method, c)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses = []
+    for step in range(c.max_iters):
+        loss, _ = train.train_step(method, data, c, step, opts, scaler, False)
+        losses.append(loss.item())
     method.eval()
     return {"losses": losses, "bound": train.evaluate(method, data.val, levels)["bound"]}
 
 
+MASKED = {
+    "masked.linear.pooled": {},
+    "masked.linear.elbo": dict(loss="elbo"),
+    "masked.square.pooled": dict(schedule="square"),
+    "masked.square.elbo": dict(schedule="square", loss="elbo"),
+    "masked.cosine.pooled": dict(schedule="cosine"),
+    "masked.cosine.elbo": dict(schedule="cosine", loss="elbo"),
+    "masked.time": dict(time=True),
+    "masked.accum.dropout": dict(grad_accum=2, dropout=0.1),
+    "masked.muon": dict(optimizer="muon"),
+    "ar": dict(objective="ar"),
+    "ar.time": dict(objective="ar", time=True),
+}
+
+
+def masked_model(change):
+    """-> a tiny masked or autoregressive model, and its losses and bound."""
+    data = Walk()
+    c = Masked(**TINY | change)
+    train.reseed(c.seed)
+    method = train.build(c, data.meta)
+    return method, train_tiny(method, data, c)
+
+
 def masked_cases():
-    for name, change in (("masked.linear.pooled", {}), ("masked.linear.elbo", dict(weight="elbo")),
-                         ("masked.square.pooled", dict(schedule="square")), ("masked.square.elbo", dict(schedule="square", weight="elbo")),
-                         ("masked.cosine.pooled", dict(schedule="cosine")), ("masked.cosine.elbo", dict(schedule="cosine", weight="elbo")),
-                         ("masked.time", dict(time=True)), ("masked.accum.dropout", dict(grad_accum=2, dropout=.1)),
-                         ("masked.muon", dict(optimizer="muon")),
-                         ("ar", dict(objective="ar")), ("ar.time", dict(objective="ar", time=True))):
-        def case(change=change):
-            data, c = Walk(), Masked(**TINY | change)
-            train.reseed(c.seed)
-            return trained(train.build(c, data.meta), data, c)
-        yield name, case
+    for name, change in MASKED.items():
+        yield name, masked_model(change)[1]
 
 
-def written(method, alphabet, T, how):
-    """The text that generate.write ends with."""
-    ids, known = generate.plan(alphabet, how, T)
-    train.reseed(how.seed)
-    *_, (x, _) = generate.write(method, ids, known, T, how)
-    return [alphabet.decode(i) for i in x.tolist()]
+def written(method, data, s, sample=None):
+    """The texts that generate.write ends with."""
+    pieces = generate.parse_prompt(s.prompt, data.tokenizer)
+    ids, known = generate.lay_out(pieces, s.length, data.T, method.mask_id)
+    train.reseed(s.seed)
+    if isinstance(s, EmbedSampler):
+        allowed, _ = embed_diffusion.control(method, data.tokenizer, replace(s, mode="diffusion"),
+                                             len(ids), data.T)
+        ar = None
+        if s.mode == "guided":
+            ar = masked_model(MASKED["ar"])[0].logits
+            train.reseed(s.seed)
+        frames = embed_diffusion.write_controlled(method, ids, known, data.T, s, allowed, ar)
+    else:
+        frames = generate.write(method, ids, known, data.T, s)
+    *_, (x, _) = frames
+    return [data.tokenizer.decode(row) for row in x.tolist()]
 
 
-BITS = {"ddim": dict(sampler="ddim"), "ancestral": {}, "td": dict(sampler="ddim", td=1.0), "two_pass": dict(twice=True),
-        "prompt": dict(prompt="abc{20}de"), "long": dict(length=80, prompt="abc")}
-STEERED = {"steer.no": dict(steer="no:e"), "steer.line": dict(steer="line:9"), "steer.at": dict(steer="at:5=t"),
-           "blocks": dict(mode="blocks", block=8),
-           "guided": dict(mode="guided"), "guided.steered": dict(mode="guided", steer="no:a"), "clamp": dict(rounding="clamp")}
+CODES = {
+    "ddim": dict(sampler="ddim"),
+    "ancestral": {},
+    "td": dict(sampler="ddim", td=1.0),
+    "two_pass": dict(two_pass=True),
+    "prompt": dict(prompt="abc{20}de"),
+    "long": dict(length=80, prompt="abc"),
+}
+CONTROL = {
+    "steer.no": dict(steer="no:e"),
+    "steer.line": dict(steer="line:9"),
+    "steer.at": dict(steer="at:5=t"),
+    "blocks": dict(mode="blocks", block=8),
+    "guided": dict(mode="guided"),
+    "guided.steered": dict(mode="guided", steer="no:a"),
+    "clamp": dict(rounding="clamp"),
+}
 
 
 def bits_cases():
-    for head, sampled in ("softmax", BITS), ("bits", {"ancestral": {}}):
-        def case(head=head):
-            data, c = Walk(), Bits(**TINY, head=head)
-            train.reseed(c.seed)
-            method = analog_bits.build(c, data.meta)
-            return trained(method, data, c), method, data
-        made = []
-        def losses(case=case, made=made):
-            result, *rest = case()
-            made[:] = rest
-            return result
-        yield f"bits.{head}", losses
-        for name, change in sampled.items():
-            def text(change=change, made=made):
-                method, data = made
-                return written(method, data.alphabet, 32, CodeSampler(**dict(steps=16) | change))
-            yield f"bits.{head}.{name}", text
+    data = Walk()
+    for head, samplers in ("softmax", CODES), ("bits", {"ancestral": {}}):
+        c = Bits(**TINY, head=head)
+        train.reseed(c.seed)
+        method = analog_bits.build(c, data.meta)
+        yield f"bits.{head}", train_tiny(method, data, c)
+        for name, change in samplers.items():
+            s = CodeSampler(**dict(steps=16) | change)
+            yield f"bits.{head}.{name}", written(method, data, s)
 
 
-def table_file(folder):
-    """A table of embeddings as text, of seeded integers, without the letter c."""
+EMBED = {
+    "best": {},
+    "baseline": EMBED_RECIPES["baseline"],
+    "x0": EMBED_RECIPES["x0"],
+    "diffusion-lm": EMBED_RECIPES["diffusion-lm"],
+    "fluency": dict(fluency=0.3),
+    "table": dict(table="file"),
+    "elbo": dict(loss="elbo"),
+    "frozen": dict(train_table=False),
+}
+
+
+def write_table(folder):
+    """A table of embeddings as text, of seeded integers, without the letter c and the new line."""
     g = torch.Generator().manual_seed(1)
     path = Path(folder) / "table.txt"
-    rows = [(ch, torch.randint(-9, 10, (24,), generator=g).tolist()) for ch in sorted(CHARS.replace("c", "").replace("\n", ""))]
-    path.write_text("".join(f"{ch} {' '.join(map(str, row))}\n" for ch, row in rows))
+    with path.open("w", encoding="utf-8") as f:
+        for ch in CHARS.replace("c", "").replace("\n", ""):
+            numbers = torch.randint(-9, 10, (24,), generator=g).tolist()
+            print(ch.replace(" ", "\u2581"), *numbers, file=f)
     return str(path)
 
 
+def embed_model(change, data):
+    with tempfile.TemporaryDirectory() as folder:
+        if "table" in change:
+            change = dict(table=write_table(folder))
+        c = Embed(**TINY | change)
+        train.reseed(c.seed)
+        method = embed_diffusion.build(c, data.meta)
+        if c.fluency:
+            embed_diffusion.count_bigrams(method, data)
+        if c.table:
+            with contextlib.redirect_stdout(io.StringIO()):
+                embed_diffusion.load_table(method, data, c)
+    return method, train_tiny(method, data, c)
+
+
 def embed_cases():
-    arms = {"best": {}, "baseline": EMBED["baseline"], "x0": EMBED["x0"], "diffusion-lm": EMBED["diffusion-lm"], "fluency": dict(fluency=.3),
-            "table": dict(table="file"), "elbo": dict(weight="elbo"), "frozen": dict(learned=False)}
-    for arm, change in arms.items():
-        made = []
-        def losses(change=change, made=made):
-            data = Walk()
-            with tempfile.TemporaryDirectory() as folder:
-                if change.get("table"):
-                    change = dict(table=table_file(folder))
-                c = Embed(**TINY | change)
-                train.reseed(c.seed)
-                method = embed_diffusion.build(c, data.meta)
-                with contextlib.redirect_stdout(io.StringIO()):
-                    embed_diffusion.begin(method, data, c)
-            made[:] = method, data
-            return trained(method, data, c)
+    data = Walk()
+    for arm, change in EMBED.items():
+        method, losses = embed_model(change, data)
         yield f"embed.{arm}", losses
-        for name, how in {"ancestral": {}, **(BITS | STEERED if arm == "best" else {})}.items():
-            def text(how=how, made=made):
-                method, data = made
-                s = EmbedSampler(**dict(steps=16) | how)
-                embed_diffusion.prepare(method, data.alphabet, replace(s, mode="diffusion") if s.mode == "guided" else s, 32)
-                if s.mode == "guided":
-                    method.twin = guide().logits
-                return written(method, data.alphabet, 32, s)
-            yield f"embed.{arm}.{name}", text
+        samplers = {"ancestral": {}}
+        if arm == "best":
+            samplers = samplers | CODES | CONTROL
+        for name, how in samplers.items():
+            s = EmbedSampler(**dict(steps=16) | how)
+            yield f"embed.{arm}.{name}", written(method, data, s)
 
 
-def guide():
-    """A tiny autoregressive model of the walk."""
-    data, c = Walk(), Masked(**TINY, objective="ar")
-    train.reseed(c.seed)
-    method = train.build(c, data.meta)
-    trained(method, data, c)
-    return method
+IMAGES = {
+    "guided": {},
+    "ancestral": dict(sampler="ancestral", guidance=1.0),
+    "td": dict(td=1.0, guidance=0.0),
+}
 
 
 def mnist_cases():
-    for arm, change in ("v", RECIPES["best"]), ("ddpm", RECIPES["ddpm"]), ("levels", RECIPES["levels"]):
-        made = []
-        def losses(change=change, made=made):
-            data, c = Blots(), Mnist(**TINY | dict(batch_size=4) | change)
-            train.reseed(c.seed)
-            method = mnist_ddpm.build(c, data.meta)
-            made[:] = method, c
-            return trained(method, data, c, 2)
-        yield f"mnist.{arm}", losses
-        for name, how in ("guided", {}), ("ancestral", dict(sampler="ancestral", guidance=1.0)), ("td", dict(td=1.0, guidance=0.0)):
-            def picture(how=how, made=made):
-                method, c = made
-                *_, (x, _) = mnist_ddpm.draw(method, torch.tensor([0, 7, -1]), c, Picture(**dict(steps=8) | how))
-                return x.view(3, 7, 4, 7, 4).mean((2, 4)).flatten().tolist()    # of patches
-            yield f"mnist.{arm}.{name}", picture
+    data = Blots()
+    for arm, recipe in ("v", "best"), ("ddpm", "ddpm"), ("levels", "levels"):
+        c = Mnist(**TINY | dict(batch_size=4) | MNIST_RECIPES[recipe])
+        train.reseed(c.seed)
+        method = mnist_ddpm.build(c, data.meta)
+        yield f"mnist.{arm}", train_tiny(method, data, c, levels=2)
+        for name, how in IMAGES.items():
+            s = ImageSampler(**dict(steps=8) | how)
+            labels = torch.tensor([0, 7, -1])
+            *_, (x, _) = mnist_ddpm.sample_images(method, labels, s)
+            patches = x.view(3, 7, 4, 7, 4).mean((2, 4))
+            yield f"mnist.{arm}.{name}", patches.flatten().tolist()
 
 
 def typed(*args):
     """What generate.py prints: the text, and the lengths of blanks."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         generate.main(list(args))
-    return [out.getvalue(), *(line for line in err.getvalue().splitlines() if line.startswith("{"))]
+    return [out.getvalue(), *(line for line in err.getvalue().splitlines() if line[0] == "{")]
+
+
+SHIPPED = {
+    "masked.default": [],
+    "masked.order.random": ["--order=random"],
+    "masked.order.confidence": ["--order=confidence"],
+    "masked.order.entropy": ["--order=entropy"],
+    "masked.counts.documents": ["--counts=documents"],
+    "masked.counts.cosine": ["--counts=cosine"],
+    "masked.counts.entropy": ["--counts=entropy"],
+    "masked.temperature.0": ["--temperature=0"],
+    "masked.temperature.0.5": ["--temperature=0.5"],
+    "masked.temperature.1": ["--temperature=1"],
+    "masked.top_k": ["--top_k=3"],
+    "masked.remask.0": ["--remask=0"],
+    "masked.remask.0.2": ["--remask=0.2"],
+    "masked.min_distance.0": ["--min_distance=0", "--order=entropy"],
+    "masked.exact": ["--order=random", "--temperature=1", "--remask=0", "--min_distance=0"],
+    "masked.prompt": ["--prompt=ROMEO:"],
+    "masked.blank": ["--prompt=To be, {12} that is the {8}:"],
+    "masked.length": ["--prompt=ROMEO:{4-7}JULIET:"],
+    "masked.nothing follows": ["--prompt=O {3-30}"],
+    "masked.short": ["--length=40"],
+    "masked.long": ["--length=200", "--prompt=KING"],
+    "masked.two": ["--n=2"],
+    "judge.default": [],
+    "judge.prompt": ["--prompt=ROMEO:", "--n=2", "--top_k=4"],
+    "judge.greedy": ["--temperature=0", "--prompt=First {5}"],
+    "judge.long": ["--length=150"],
+}
 
 
 def shipped_cases():
-    masked = f"--out={HERE / 'results/masked.pt'}"
-    ways = {"default": [], **{f"order.{o}": [f"--order={o}"] for o in ("random", "confidence", "entropy")},
-            **{f"counts.{n}": [f"--counts={n}"] for n in ("documents", "cosine", "entropy")},
-            **{f"temperature.{t}": [f"--temperature={t}"] for t in ("0", "0.5", "1")}, "top_k": ["--top_k=3"],
-            "remask.0": ["--remask=0"], "remask.0.2": ["--remask=0.2"], "apart.0": ["--apart=0", "--order=entropy"],
-            "exact": ["--order=random", "--temperature=1", "--remask=0", "--apart=0"],
-            "prompt": ["--prompt=ROMEO:"], "blank": ["--prompt=To be, {12} that is the {8}:"], "length": ["--prompt=ROMEO:{4-7}JULIET:"],
-            "nothing follows": ["--prompt=O {3-30}"], "short": ["--length=40"], "long": ["--length=200", "--prompt=KING"], "two": ["--n=2"]}
-    for name, args in ways.items():
-        yield f"shipped.masked.{name}", lambda args=args: typed(masked, "--steps=16", *args)
-    judge = f"--out={HERE / 'results/judge.pt'}"
-    for name, args in (("default", []), ("prompt", ["--prompt=ROMEO:", "--n=2", "--top_k=4"]), ("greedy", ["--temperature=0", "--prompt=First {5}"]),
-                       ("long", ["--length=150"])):
-        yield f"shipped.judge.{name}", lambda args=args: typed(judge, *args)
+    for name, args in SHIPPED.items():
+        checkpoint = name.partition(".")[0]
+        out = f"--out={HERE / 'results' / checkpoint}.pt"
+        yield f"shipped.{name}", typed(out, "--steps=16", *args)
 
 
 def cases():
-    """(name, function that computes it) of all cases, in order: a text is written by the model of the case before."""
+    """(name, value) of every case."""
     yield from masked_cases()
     yield from bits_cases()
     yield from embed_cases()
@@ -232,48 +306,47 @@ def cases():
     yield from shipped_cases()
 
 
-def numbers(value):
-    """All numbers and texts of a case in one list."""
-    if isinstance(value, dict):
-        return [*value["losses"], value["bound"]]
-    return value
-
-
-def difference(name, old, new):
-    """How far a case is from what is recorded: the largest relative difference, or 1 where a text differs."""
-    old, new = numbers(old), numbers(new)
-    if len(old) != len(new):
-        return 1.0
+def difference(old, new):
+    """How far a case is from what is recorded: the largest relative difference of losses and bound,
+    the largest difference of pixels; 1 where a text differs."""
+    if isinstance(new, dict):
+        old = [*old["losses"], old["bound"]]
+        new = [*new["losses"], new["bound"]]
+        return max(abs(a - b) / abs(a) for a, b in zip(old, new, strict=True))
     if isinstance(new[0], str):
         return float(old != new)
-    scale = 1.0 if name.count(".") > 1 else None   # pixels are in [-1, 1]
-    return max(abs(a - b) / (scale or abs(a)) for a, b in zip(old, new))
+    return max(abs(a - b) for a, b in zip(old, new, strict=True))
 
 
 def tolerance(name):
     if "muon" in name:
         return 1e-3
-    picture = name.count(".") > 1
-    return 1e-4 if picture or name == "mnist.levels" else 1e-5
+    is_picture = name.startswith("mnist.") and name.count(".") == 2
+    if is_picture or name == "mnist.levels":
+        return 1e-4
+    return 1e-5
 
 
 def main(argv):
-    record = [arg.partition("=")[2] for arg in argv if arg.startswith("--record")]
-    old = json.loads(PATH.read_text()) if PATH.exists() else {}
-    new, wrong = {}, 0
-    for name, compute in cases():
-        value = new[name] = compute()
-        far = difference(name, old[name], value) if name in old else None
-        if far is None or far > tolerance(name):
-            print(f"{name}: {'new' if far is None else f'differs by {far:.1e}'}")
-            wrong += 1
-        if not (record and name.startswith(record[0])) and name in old:
-            new[name] = old[name]
-    if record:
-        PATH.write_text(json.dumps(new, indent=0, ensure_ascii=False) + "\n")
+    recording = [arg.partition("=")[2] for arg in argv if arg.startswith("--record")]
+    golden = json.loads(PATH.read_text()) if PATH.exists() else {}
+    n_wrong = 0
+    for name, value in cases():
+        if name in golden:
+            d = difference(golden[name], value)
+            if d <= tolerance(name):
+                continue
+            print(f"{name}: differs by {d:.1e}")
+        else:
+            print(f"{name}: new")
+        n_wrong += 1
+        if recording and name.startswith(recording[0]):
+            golden[name] = value
+    if recording:
+        PATH.write_text(json.dumps(golden, indent=0, ensure_ascii=False) + "\n")
         print(f"recorded in {PATH}")
-    else:
-        raise SystemExit(f"{wrong} of {len(new)} cases differ" if wrong else 0)
+        return
+    raise SystemExit(f"{n_wrong} of {len(golden)} cases differ" if n_wrong else 0)
 
 
 if __name__ == "__main__":

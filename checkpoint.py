@@ -1,0 +1,151 @@
+"""The folder of a run, and the checkpoints in it. Nothing there is ever moved or overwritten.
+
+    ckpt.pt    all that resuming needs
+    best.pt    the EMA weights with the lowest bound, for everybody else
+    log.csv    a line per evaluation
+    status     the token of the process that trains here, or "finished"
+
+A checkpoint is a dict of tensors and plain Python: method, config, alphabet, data, step, ema.
+"""
+import os
+import secrets
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from config import DEVICE, HERE, RANK, check, parse, print0
+
+# the settings that --resume may change
+CHANGEABLE = ("dataset", "data_dir", "max_iters", "eval_interval", "compile", "batch_size",
+              "grad_accum", "learning_rate", "weight_decay", "grad_clip", "ema", "dropout")
+
+
+class Run:
+    """A run that trains in its folder `out`. meta: what its checkpoints say beside the weights."""
+
+    def __init__(self, c, meta, resumed):
+        self.meta = {**meta, "config": {**asdict(c), "out": "", "resume": False}}
+        self.token = secrets.token_hex(8)
+        self.out = Path(c.out)
+        if RANK == 0:
+            if not resumed:
+                self.out = claim_folder(c.out, meta["method"])
+            self.write_status(self.token)
+
+    def write_status(self, status):
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "status").write_text(status)
+
+    def restore(self, parts, state):
+        """Load a checkpoint into the parts of a run, {name: module, optimizer or scaler}."""
+        check(state["data"] == self.meta["data"], f"this run was trained on {state['data']['name']}"
+                                                  f", not on this {self.meta['data']['name']}")
+        for name, part in parts.items():
+            if state[name]:                                # the scaler of a CPU has no state
+                part.load_state_dict(state[name])
+
+    def save(self, name, state):
+        """Write to a temporary file, then rename: a checkpoint is complete or not there."""
+        path = self.out / name
+        part = path.with_suffix(".part")
+        try:
+            if not self.out.exists():                      # renamed or removed: made again
+                self.write_status(self.token)
+            owner = (self.out / "status").read_text()
+            check(owner == self.token, f"another process trains in {self.out}, so this one ends")
+            torch.save({**self.meta, **state}, part)
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:           # RuntimeError: torch's full disk
+            part.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0]
+            raise SystemExit(f"cannot write {path}, what was saved is complete: {reason}") from None
+
+
+def claim_folder(typed, name):
+    """The folder of a new run: the one that is typed, else the first of out/name, out/name.1, ...
+    that holds no checkpoint. It is ours if we create its log.csv: only one process can."""
+    out = Path(typed or HERE / "out" / name)
+    n = 0
+    while True:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            if not any(out.glob("*.pt")):
+                (out / "log.csv").open("x").close()
+                return out
+        except FileExistsError:                            # another process was faster
+            pass
+        check(not typed, f"{out} holds a run: --resume goes on with it, another --out begins anew")
+        n += 1
+        out = HERE / "out" / f"{name}.{n}"
+
+
+def newest_run(name, finished):
+    """The newest of out/name, out/name.1, ... that is finished, or is not; None without one."""
+    found = [*HERE.glob(f"out/{name}/status"), *HERE.glob(f"out/{name}.*/status")]
+    runs = [status for status in found if (status.read_text() == "finished") == finished]
+    if runs:
+        return max(runs, key=os.path.getmtime).parent
+
+
+def find_checkpoint(typed, name):
+    """What to write with: the checkpoint typed, the newest finished run, or the one in results/."""
+    unfinished = newest_run(name, finished=False)
+    if unfinished and not typed:
+        print(f"{unfinished} is not finished; --out={unfinished} writes with it", file=sys.stderr)
+    return Path(typed or newest_run(name, finished=True) or HERE / f"results/{name}.pt")
+
+
+def read_checkpoint(path, settings, methods):
+    """The dict in a checkpoint of one of `methods`; of a run's folder, in its best.pt."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "best.pt"
+    check(path.exists(), f"no checkpoint at {path}: train first, or pass --out=FOLDER")
+    try:
+        state = torch.load(path, map_location=DEVICE, weights_only=True)
+        method = state["method"]
+        finite = all(p.isfinite().all() for p in state["ema"].values())
+    except Exception as error:           # whatever torch.load makes of a file that is not its own
+        reason = type(error).__name__
+        raise SystemExit(f"{path} is damaged, or no checkpoint of ours ({reason})") from None
+    check(method in methods, f"{path} is a {method} checkpoint, not {' or '.join(methods)}")
+    check(finite, f"{path} has weights that are no numbers: its run diverged")
+    names = {f.name for f in fields(settings)}
+    check(names >= set(state["config"]), f"{path} was made by another version")
+    missing = ", ".join(sorted(names - set(state["config"])))
+    if missing:
+        print0(f"{path} is older than {missing}: the default is taken")
+    return state
+
+
+def load(path, settings, build, methods):
+    """A checkpoint or a run's folder -> the method with its EMA weights, its settings, the dict."""
+    state = read_checkpoint(path, settings, methods)
+    c = settings(**state["config"])
+    try:
+        method = build(c, state)
+        method.load_state_dict(state["ema"])
+    except (KeyError, RuntimeError):
+        raise SystemExit(f"{path} was made by another version") from None
+    return method.to(DEVICE).eval(), c, state
+
+
+def start_or_resume(argv, settings, methods, recipes=None):
+    """-> the settings, and with --resume the checkpoint to go on from, whose settings are taken
+    where nothing else is typed. methods: what the run may be, by default the first."""
+    typed = parse(argv, settings, recipes)
+    c = settings(**typed)
+    if not c.resume:
+        return c, None
+    name = typed.get("objective", methods[0])
+    out = c.out or newest_run(name, finished=False)
+    check(out, f"no run of {name} is unfinished: pass --out=FOLDER")
+    state = read_checkpoint(Path(out) / "ckpt.pt", settings, methods)
+    for key, new in typed.items():
+        old = state["config"].get(key)
+        if new != old and key not in ("out", "resume"):
+            check(key in CHANGEABLE, f"this run has {key}={old}, which cannot become {new}")
+            print0(f"{key}: {old} -> {new}")
+    return settings(**{**state["config"], **typed, "out": str(out)}), state
