@@ -22,21 +22,21 @@ CHANGEABLE = ("dataset", "data_dir", "max_iters", "eval_interval", "compile", "b
               "grad_accum", "learning_rate", "weight_decay", "grad_clip", "ema", "dropout")
 
 
-class Run:
-    """A run that trains in its folder `out`. meta: what its checkpoints say beside the weights."""
+class RunFolder:
+    """The folder of a run that trains. meta: what its checkpoints say beside the weights."""
 
     def __init__(self, c, meta, resumed):
         self.meta = {**meta, "config": {**asdict(c), "out": "", "resume": False}}
         self.token = secrets.token_hex(8)
-        self.out = Path(c.out)
+        self.path = Path(c.out)
         if RANK == 0:
             if not resumed:
-                self.out = claim_folder(c.out, meta["method"])
+                self.path = claim_folder(c.out, meta["method"])
             self.write_status(self.token)
 
     def write_status(self, status):
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "status").write_text(status)
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "status").write_text(status)
 
     def restore(self, parts, state):
         """Load a checkpoint into the parts of a run, {name: module, optimizer or scaler}."""
@@ -48,13 +48,13 @@ class Run:
 
     def save(self, name, state):
         """Write to a temporary file, then rename: a checkpoint is complete or not there."""
-        path = self.out / name
+        path = self.path / name
         part = path.with_suffix(".part")
         try:
-            if not self.out.exists():                      # renamed or removed: made again
+            if not self.path.exists():                      # renamed or removed: made again
                 self.write_status(self.token)
-            owner = (self.out / "status").read_text()
-            check(owner == self.token, f"another process trains in {self.out}, so this one ends")
+            owner = (self.path / "status").read_text()
+            check(owner == self.token, f"another process trains in {self.path}, so this one ends")
             torch.save({**self.meta, **state}, part)
             os.replace(part, path)
         except (OSError, RuntimeError) as error:           # RuntimeError: torch's full disk

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import Run, start_or_resume
+from checkpoint import RunFolder, start_or_resume
 from config import AMP, DEVICE, GPU, RANK, WORLD_SIZE, Masked, Sample, check, print0, run
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
@@ -115,10 +115,13 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
     """The bound on the windows val (W, T), each at `levels` stratified noise levels, with the same
     noise every time. -> dict: bound and stderr in nats per character, bits, windows (W,) float64;
     masked_ce, the mean over all masked tokens (no bound); fifths, mean nats by noise level."""
+    # a window has one noise level in each of `levels` equal parts of (0, 1], in all at the same
+    # place; the places of the windows are in turn one in each W-th, so that all of (0, 1] is used
     W = len(val)
     g = torch.Generator().manual_seed(seed)
-    jitter = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W
-    u = ((torch.arange(levels) + jitter[:, None]) / levels).flatten().to(val.device)
+    place = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W
+    u = ((torch.arange(levels) + place[:, None]) / levels).flatten().to(val.device)
+    # the noise of a row comes from a seed of its own: it does not depend on batch_size
     seeds = np.random.SeedSequence((seed, W)).generate_state(W * levels).tolist()
 
     nats = []
@@ -171,7 +174,7 @@ def fit(method, data, c, meta, show_sample, state=None):
     from. show_sample(ema, out) is called after every evaluation, out being the run's folder.
     -> that folder, or None if the run was stopped"""
     join_processes(c, meta)
-    run = Run(c, meta, resumed=state is not None)
+    folder = RunFolder(c, meta, resumed=state is not None)
 
     # the model, its average, the optimizers, and how far the run has come
     method.to(DEVICE).train()
@@ -183,7 +186,7 @@ def fit(method, data, c, meta, show_sample, state=None):
         parts[type(opt).__name__] = opt
     progress = Progress()
     if state:
-        run.restore(parts, state)
+        folder.restore(parts, state)
         progress = Progress(**state["progress"])
     n_params = sum(p.numel() for p in method.parameters())
     print0(f"{meta['method']}, {n_params:,} parameters, {DEVICE} {AMP} x {WORLD_SIZE} | {data} | "
@@ -207,6 +210,7 @@ def fit(method, data, c, meta, show_sample, state=None):
         loss, stopping = train_step(method, data, c, progress.step, opts, scaler, stop.requested)
         update_ema(ema, method, progress.step, c.ema)
         progress.step += 1
+        progress.seconds = time.perf_counter() - start_time
         progress.loss_sum += loss
         progress.loss_count += 1
         bar.update()
@@ -221,22 +225,19 @@ def fit(method, data, c, meta, show_sample, state=None):
         check_finite(mean_loss, method, progress.step)
 
         # the first process evaluates, saves and shows a sample; the others wait for it
-        if RANK == 0 and evaluating:
-            progress.seconds = time.perf_counter() - start_time
-            log_evaluation(ema, data, c, run, progress, mean_loss, lap)
+        if RANK > 0 or not (evaluating or stopping):
+            continue
         if evaluating:
+            log_evaluation(ema, data, c, folder, progress, mean_loss, lap)
             progress.loss_sum = torch.zeros_like(loss)
             progress.loss_count = 0
-        if RANK == 0 and (evaluating or stopping):
-            progress.seconds = time.perf_counter() - start_time
-            states = {name: part.state_dict() for name, part in parts.items()}
-            run.save("ckpt.pt", {**states, "step": progress.step, "progress": vars(progress)})
-            with not_fatal("log.csv"):
-                write_log(run.out / "log.csv", progress.log)
-        if RANK == 0 and evaluating:
-            with not_fatal("the sample"):
-                show_sample(ema, run.out)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        folder.save("ckpt.pt", {**states, "step": progress.step, "progress": vars(progress)})
+        with not_fatal("log.csv"):
+            write_log(folder.path / "log.csv", progress.log)
         if evaluating:
+            with not_fatal("the sample"):
+                show_sample(ema, folder.path)
             lap = progress.step, time.perf_counter()
 
     bar.close()
@@ -244,11 +245,11 @@ def fit(method, data, c, meta, show_sample, state=None):
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if progress.step < c.max_iters:
-        print0(f"stopped at step {progress.step}, saved in {run.out}; --resume goes on")
+        print0(f"stopped at step {progress.step}, saved in {folder.path}; --resume goes on")
         return None
     if RANK == 0:
-        evaluate_best(ema, data, run)
-    return run.out
+        evaluate_best(ema, data, folder)
+    return folder.path
 
 
 def main(argv):
@@ -269,7 +270,7 @@ def main(argv):
 # -------------------------------------------------------------------------------------------------
 # what the first process reports and saves
 
-def log_evaluation(ema, data, c, run, progress, mean_loss, lap):
+def log_evaluation(ema, data, c, folder, progress, mean_loss, lap):
     """Print the bound of the averaged weights, add it to the log, and save the best of them.
     lap: step and time of the last evaluation's end."""
     step, start_time = lap
@@ -282,7 +283,7 @@ def log_evaluation(ema, data, c, run, progress, mean_loss, lap):
                          e["stderr"], e["bits"], e["masked_ce"], get_lr(progress.step - 1, c)])
     if e["bound"] < progress.best_bound or not ema.early_stopping:
         progress.best_bound = e["bound"]
-        run.save("best.pt", {"step": progress.step, "ema": ema.state_dict()})
+        folder.save("best.pt", {"step": progress.step, "ema": ema.state_dict()})
 
 
 def write_log(path, rows):
@@ -308,13 +309,13 @@ def check_finite(loss, method, step):
           f"{step}; what was saved is complete; try a lower --learning_rate")
 
 
-def evaluate_best(ema, data, run):
+def evaluate_best(ema, data, folder):
     """Add to the best weights of a run their bound on the whole validation split."""
-    best = torch.load(run.out / "best.pt", map_location=DEVICE, weights_only=True)
+    best = torch.load(folder.path / "best.pt", map_location=DEVICE, weights_only=True)
     ema.load_state_dict(best["ema"])
     e = evaluate(ema, data.val, ema.eval_levels)
-    run.save("best.pt", {**best, "bound": e["bound"], "stderr": e["stderr"]})
-    run.write_status("finished")
+    folder.save("best.pt", {**best, "bound": e["bound"], "stderr": e["stderr"]})
+    folder.write_status("finished")
     print0(f"best weights, of step {best['step']}, over the whole validation split: "
            f"{describe(e, ema, data.unit)}")
 
