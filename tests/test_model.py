@@ -1,78 +1,180 @@
-"""The transformer as a function: shapes, precision, positions, time."""
+"""The transformer against its formulas: each part by hand, shapes, precision, time, the cache."""
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import model
 from config import Masked
-from model import Transformer, attention
+from model import Transformer
 
 
-def net(inp, n_out=3, causal=False, **k):
+@pytest.fixture
+def fp32(monkeypatch):
+    monkeypatch.setattr(model, "AMP", torch.float32)
+    monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", enabled=False))
+
+
+def net(embed=None, causal=False, std=0.3, **k):
+    """A transformer of 3 outputs, none of whose weights are zero."""
     torch.manual_seed(0)
-    c = Masked(**{"block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 16, "time": True, **k})
-    m = Transformer(c, inp, n_out, causal)
+    c = Masked(**{**dict(block_size=12, n_layer=2, n_head=2, n_embd=16, time=True), **k})
+    m = Transformer(c, embed or nn.Embedding(6, 16), 3, causal)
     for p in m.parameters():
-        nn.init.normal_(p, std=.3)
+        nn.init.normal_(p, std=std)
     return m.eval()
 
 
-@pytest.mark.parametrize("inp, x", [(nn.Embedding(6, 16), torch.randint(6, (2, 12))), (nn.Linear(7, 16), torch.randn(2, 12, 7))])
-def test_tokens_or_vectors_in_fp32_out(inp, x):
+@pytest.mark.parametrize("embed, x", [
+    (nn.Embedding(6, 16), torch.randint(6, (2, 12))), (nn.Linear(7, 16), torch.randn(2, 12, 7))])
+def test_tokens_or_vectors_in_fp32_out(embed, x):
     for t in (torch.rand(2), torch.rand(2, 12)):
-        y = net(inp)(x, t)
+        y = net(embed)(x, t)
         assert y.shape == (2, 12, 3) and y.dtype == torch.float32
 
 
-def test_full_size_parameter_counts():
-    """The sizes in the README: 6 x 6 x 384 has 10.7M parameters, 11.7M with time; 4 x 4 x 128 .81M and .92M."""
-    def count(**k):
-        c = Masked(**k)
-        return sum(p.numel() for p in Transformer(c, nn.Embedding(66, c.n_embd), 65).parameters()) / 1e6
-
-    big, little = dict(n_layer=6, n_head=6, n_embd=384), dict(n_layer=4, n_head=4, n_embd=128)
-    assert [round(count(**big, time=t), 1) for t in (False, True)] == [10.7, 11.7]
-    assert [round(count(**little, time=t), 2) for t in (False, True)] == [.81, .92]
+@pytest.mark.parametrize("size, time, millions", [
+    ((6, 6, 384), False, 10.7), ((6, 6, 384), True, 11.7),
+    ((4, 4, 128), False, 0.81), ((4, 4, 128), True, 0.92)])
+def test_full_size_parameter_counts(size, time, millions):
+    n_layer, n_head, n_embd = size
+    c = Masked(n_layer=n_layer, n_head=n_head, n_embd=n_embd, time=time)
+    m = Transformer(c, nn.Embedding(66, n_embd), 65)
+    n = sum(p.numel() for p in m.parameters()) / 1e6
+    assert n == pytest.approx(millions, abs=0.05 if millions > 1 else 0.005)
 
 
 def test_untrained_blocks_are_the_identity():
-    c = Masked(block_size=12, n_layer=2, n_head=2, n_embd=16, time=True)
-    m = Transformer(c, nn.Embedding(6, 16), 3)
+    m = Transformer(Masked(block_size=12, n_layer=2, n_head=2, n_embd=16), nn.Embedding(6, 16), 3)
     x = torch.randn(2, 12, 16)
     assert torch.equal(m.blocks[0](x, m.rope, [0.0] * 6), x)
 
 
-def test_time_reaches_every_position_and_only_its_own():
-    m, x, t = net(nn.Embedding(6, 16), n_layer=1), torch.randint(6, (1, 12)), torch.full((1, 12), .5)
-    assert torch.equal(m(x, t), m(x, t[:, 0]))                     # one level for all = the same level at each
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_by_hand(causal, fp32):
+    """Each head and pair of positions alone. RoPE is a rotation in the complex plane: of pair d, by
+    the position times 10000^(-2d / D). The length of queries and keys does not matter."""
+    m = net(causal=causal, n_head=3, n_embd=24)
+    attn = m.blocks[0].attn
+    x = torch.randn(2, 12, 24)
+    freq = 10000 ** (-2 * torch.arange(4) / 8)
+    truth = torch.zeros(2, 12, 24)
+    for b in range(2):
+        for h in range(3):
+            q, k, v = (x[b] @ w[8 * h:8 * h + 8].T for w in attn.qkv.weight.split(24))
+            for i in range(12):
+                scores = []
+                for j in range(i + 1 if causal else 12):
+                    a = torch.complex(q[i, :4], q[i, 4:]) / q[i].square().mean() ** 0.5
+                    c = torch.complex(k[j, :4], k[j, 4:]) / k[j].square().mean() ** 0.5
+                    turned = (a * c.conj() * torch.exp(1j * (i - j) * freq)).sum().real
+                    scores.append(turned / math.sqrt(8))
+                p = torch.stack(scores).softmax(0)
+                truth[b, i, 8 * h:8 * h + 8] = p @ v[:len(p)]
+    truth = truth @ attn.proj.weight.T
+    assert torch.allclose(attn(x, m.rope), truth, atol=1e-4)
+    with torch.no_grad():
+        attn.qkv.weight[:24] *= 5
+        attn.qkv.weight[24:48] *= 7
+    assert torch.allclose(attn(x, m.rope), truth, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_the_fused_kernel(causal):
+    q, k, v = torch.randn(3, 2, 4, 9, 8)
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    assert torch.allclose(model.attention(q, k, v, causal), fused, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal, reach", [(False, 1), (True, 1), (False, 3), (True, 2)])
+def test_neighbours_against_the_sum(causal, reach):
+    torch.manual_seed(0)
+    m = model.NeighbourConv(Masked(n_embd=16, n_head=2), causal, reach)
+    x = torch.randn(2, 9, 16)
+    assert torch.equal(m(x), x)                                        # before training
+    nn.init.normal_(m.weight)
+    offsets = [d for d in range(-reach, reach + 1) if d < 0 or d > 0 and not causal]
+    y = x.clone()
+    for weight, d in zip(m.weight, offsets, strict=True):
+        for i in range(9):
+            if 0 <= i + d < 9:
+                y[:, i] += weight * x[:, i + d]
+    assert torch.allclose(m(x), y, atol=1e-5)
+
+
+def test_a_block_is_its_formula(fp32):
+    """MLP: squared ReLU. Both parts: modulated, after their own convolution, gated by 1 + gate."""
+    m = net()
+    block = m.blocks[0]
+    x = torch.randn(2, 12, 16)
+    w = block.mlp
+    truth = ((x @ w.fc.weight.T).clamp(min=0) ** 2) @ w.proj.weight.T
+    assert torch.allclose(w(x), truth, rtol=1e-4, atol=1e-5)
+
+    def part(x, f, conv, mod):
+        scale, bias, gate = mod
+        h = (1 + scale) * x / x.square().mean(-1, keepdim=True).sqrt() + bias
+        return x + (1 + gate) * f(conv(h))
+
+    mod = torch.randn(6, 2, 12, 16)
+    truth = part(x, lambda h: block.attn(h, m.rope), block.attn_conv, mod[:3])
+    truth = part(truth, block.mlp, block.mlp_conv, mod[3:])
+    assert torch.allclose(block(x, m.rope, mod), truth, rtol=1e-4, atol=1e-3)
+
+
+def test_the_transformer_is_its_blocks_between_norms(fp32):
+    m = net(time=False)
+    x = torch.randint(6, (2, 12))
+    h = model.norm(m.embed(x))
+    for block in m.blocks:
+        h = block(h, m.rope, [0.0] * 6)
+    truth = model.norm(h) @ m.head.weight.T
+    assert torch.allclose(m(x, torch.rand(2)), truth, atol=1e-5)      # and no time is looked at
+
+
+def test_near_noise_levels_differ_and_each_position_has_its_own(fp32):
+    """0.005 apart, embeddings differ by more than a tenth of their size; 0.00001 apart, hardly."""
+    m = net(n_embd=64)
+    t = torch.linspace(0, 0.99, 100)
+    at = torch.cat(m.time(t), 2)[:, 0]                                 # (100, 6 C)
+    for step, low, high in ((0.005, 0.1, 2), (0.00001, 0, 0.01)):
+        change = (torch.cat(m.time(t + step), 2)[:, 0] - at).norm(dim=1) / at.norm(dim=1)
+        assert change.min() > low and change.max() < high
+    x = torch.randint(6, (1, 12))
+    t = torch.full((1, 12), 0.5)
+    m = net(n_layer=1)
+    assert torch.allclose(m(x, t), m(x, t[:, 0]), atol=1e-5)           # one for all
     other = t.clone()
-    other[0, 3] = .9
+    other[0, 3] = 0.505
+    mod = [a - b for a, b in zip(m.time(other), m.time(t), strict=True)]
+    changed = torch.cat(mod, 2)[0].abs().amax(-1) > 0
+    assert changed.tolist() == [i == 3 for i in range(12)]
     assert ((m(x, other) - m(x, t)).abs().amax(-1)[0] > 0)[3]
 
 
-def test_attention_is_the_fused_kernel():
-    q, k, v = torch.randn(3, 2, 4, 9, 8)
-    for causal in (False, True):
-        assert torch.allclose(attention(q, k, v, causal), nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal), atol=1e-5)
+@pytest.mark.parametrize("first", [1, 5, 11])
+def test_with_a_cache_positions_are_what_they_are_without(first, fp32):
+    """Read at once up to any position, then one by one; and a window beside it has its own cache."""
+    m = net(causal=True)
+    for x in torch.randint(6, (2, 3, 12)):
+        cache = {}
+        t = torch.ones(3)
+        parts = [m(x[:, :first], t, cache)]
+        parts += [m(x[:, i:i + 1], t, cache) for i in range(first, 12)]
+        assert torch.allclose(torch.cat(parts, 1), m(x, t), atol=1e-5)
+        assert cache["length"] == 12
 
 
-def test_neighbours_against_the_sum():
-    torch.manual_seed(0)
-    for causal, reach in ((False, 1), (True, 1), (False, 3)):
-        m, x = model.Neighbours(Masked(n_embd=16, n_head=2), causal, reach), torch.randn(2, 9, 16)
-        assert torch.equal(m(x), x)                                 # nothing is mixed in before training
-        nn.init.normal_(m.mix)
-        y = x.clone()
-        for a, d in zip(m.mix, m.offsets, strict=True):
-            for i in range(9):
-                y[:, i] += a * x[:, i + d] if 0 <= i + d < 9 else 0
-        assert torch.allclose(m(x), y, atol=1e-5) and (max(m.offsets) < 0) == causal
-
-
-def test_rotation_depends_on_the_distance_only(monkeypatch):
-    m = net(nn.Embedding(6, 16))
-    q, k = torch.randn(2, 8)
-    rope = m.rope.float()
-    def score(i, j):
-        return (model.rotate(q, rope[:, i]) * model.rotate(k, rope[:, j])).sum().item()
-    assert score(3, 5) == pytest.approx(score(7, 9), abs=.05) and abs(score(3, 5) - score(3, 8)) > .1
+def test_dropout_is_on_in_training_only(fp32):
+    m = net(dropout=0.5)
+    for f in (m.blocks[0].mlp, lambda x: m.blocks[0].attn(x, m.rope)):
+        x = torch.randn(50, 12, 16)
+        m.eval()
+        whole = f(x)
+        m.train()
+        kept = f(x) != 0
+        assert kept.float().mean().item() == pytest.approx(0.5, abs=0.05)
+        m.eval()
+        assert torch.equal(f(x), whole) and (whole != 0).all()
