@@ -1,0 +1,155 @@
+"""What does diffusion look like at work? An SVG of a masked model writing, which takes what
+generate.py takes and prints the same text; or a moving PNG of digits, which takes what
+mnist_ddpm.py sample takes. A quarter of a minute each on two CPU cores.
+
+    python -m experiments.animate --svg=unmask.svg --prompt="ROMEO:" --length=250
+    python -m experiments.animate --png=moving.png --out=out/mnist --n=100
+"""
+import html
+import struct
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import mnist_ddpm
+import train
+from checkpoint import find_checkpoint, load
+from config import ImageSampler, Masked, Mnist, Sample, parse, run
+from data import CharTokenizer
+from generate import infer_blank_lengths, lay_out, parse_prompt, print_source, show_texts, write
+from mnist_ddpm import N_CLASSES, grid, png_chunk, sample_images, to_bytes
+
+
+@dataclass(frozen=True)
+class SvgSample(Sample):   # generate.py, and where the picture goes
+    svg: str = "unmask.svg"
+
+
+def text_svg(history, known, tokenizer, seconds=8, columns=64):
+    """An animated SVG of history [(x (L,), confidence (L,)), ...]: dots turn into characters, red
+    where the model guessed, green where it was certain; the prompt, known (L,), is white."""
+    states = torch.stack([x.cpu() for x, _ in history])                # (calls + 1, L)
+    confidence = torch.stack([p.cpu() for _, p in history])
+    n = len(states)
+    cells = []
+    row = 0
+    column = 0
+    width = 0
+    for j in range(len(known)):
+        changes = (states[1:, j] != states[:-1, j]).nonzero().flatten() + 1
+        begins = [0, *changes.tolist()]
+        ends = [*changes.tolist(), n]
+        for begin, end in zip(begins, ends, strict=True):
+            token = int(states[begin, j])
+            text = tokenizer.decode([token])
+            if not text.isprintable() or text == " ":
+                continue
+            color = f"hsl({130 * confidence[begin, j]:.0f} 70% 65%)"
+            if token == len(tokenizer):                                # MASK
+                color = "#484f58"
+            if known[j]:
+                color = "#f0f6fc"
+            cells.append(f'<text x="{16 + 9.6 * column:.1f}" y="{32 + 22 * row}" fill="{color}">'
+                         f'{html.escape(text)}{visible(begin / n, end / n, seconds)}</text>')
+        column += 1
+        width = max(width, column)
+        if tokenizer.decode([int(states[-1, j])]) == "\n" or column == columns:
+            row += 1
+            column = 0
+    w = 32 + 9.6 * width
+    h = 48 + 22 * row
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:.0f} {h}" width="{w:.0f}" '
+        f'height="{h}" font-size="16" font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, '
+        'monospace"><title>A masked diffusion model writing</title>',
+        '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>', *cells, "</svg>\n"])
+
+
+def visible(begin, end, seconds, writing=0.75):
+    """SVG animation: visible from begin to end, shares of the writing; that is a share of the loop,
+    in the rest of which the finished text stands still."""
+    times = [(0, int(begin == 0))]
+    if begin > 0:
+        times.append((begin * writing, 1))
+    if end < 1:
+        times.append((end * writing, 0))
+    if len(times) == 1:
+        return ""
+    key_times = ";".join(f"{t:.4f}" for t, _ in times)
+    values = ";".join(str(v) for _, v in times)
+    return (f'<animate attributeName="opacity" calcMode="discrete" dur="{seconds}s" '
+            f'repeatCount="indefinite" keyTimes="{key_times}" values="{values}"/>')
+
+
+def moving_png(frames, delay=50, last_delay=1000):
+    """An animated grey PNG of frames (F, height, width) uint8; delays in milliseconds."""
+    n, height, width = frames.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"acTL", struct.pack(">II", n, 0))]
+    sequence = 0
+    for i, frame in enumerate(frames):
+        ms = last_delay if i == n - 1 else delay
+        control = struct.pack(">IIIIIHHBB", sequence, width, height, 0, 0, ms, 1000, 0, 0)
+        chunks.append(png_chunk(b"fcTL", control))
+        sequence += 1
+        rows = F.pad(frame, (1, 0))                # a zero before each row: no filter
+        body = zlib.compress(rows.numpy().tobytes(), 9)
+        if i == 0:
+            chunks.append(png_chunk(b"IDAT", body))
+            continue
+        chunks.append(png_chunk(b"fdAT", struct.pack(">I", sequence) + body))
+        sequence += 1
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + png_chunk(b"IEND", b"")
+
+
+def draw_text(argv):
+    s = SvgSample(**parse(argv, SvgSample))
+    path = find_checkpoint(s.out, "masked")
+    method, c, meta = load(path, Masked, train.build, ["masked"])
+    tokenizer = CharTokenizer(meta["alphabet"], meta["is_bytes"])
+    T = c.block_size
+    pieces = infer_blank_lengths(method, parse_prompt(s.prompt, tokenizer), T, s.seed)
+    ids, known = lay_out(pieces, s.length, T, method.mask_id)
+    print_source(path, meta)
+
+    history = [(ids, known.float())]
+
+    def record(frames):
+        for x, confidence in frames:
+            history.append((x[0], confidence[0]))
+            yield x, confidence
+
+    train.reseed(s.seed)
+    show_texts(record(write(method, ids, known, T, s)), ids, known, tokenizer, s)
+    Path(s.svg).write_text(text_svg(history, known, tokenizer), encoding="utf-8")
+    return s.svg
+
+
+def draw_digits(argv):
+    s = ImageSampler(**parse(argv, ImageSampler))
+    path = find_checkpoint(s.out, "mnist")
+    method, _, _ = load(path, Mnist, mnist_ddpm.build, ["mnist"])
+    labels = torch.full((s.n,), s.digit)
+    if s.digit < 0:
+        labels = torch.arange(s.n) % N_CLASSES
+    columns = min(s.n, N_CLASSES)
+    pages = [to_bytes(grid(z, columns)) for z, _ in sample_images(method, labels, s)]
+    Path(s.png).write_bytes(moving_png(torch.stack(pages)))
+    return s.png
+
+
+def main(argv):
+    names = [arg.partition("=")[0] for arg in argv]
+    if "--png" in names:
+        to = draw_digits(argv)
+    else:
+        to = draw_text(argv)
+    print(f"wrote {to}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
