@@ -156,7 +156,7 @@ def test_near_noise_levels_differ_and_each_position_has_its_own(fp32):
 
 @pytest.mark.parametrize("first", [1, 5, 11])
 def test_with_a_cache_positions_are_what_they_are_without(first, fp32):
-    """Read at once up to any position, then one by one; and a window beside it has its own cache."""
+    """Read at once up to any position, then one by one; a second text has its own cache."""
     m = net(causal=True)
     for x in torch.randint(6, (2, 3, 12)):
         cache = {}
