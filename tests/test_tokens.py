@@ -1,0 +1,354 @@
+"""Gaussian diffusion of tokens against known sources: what z says, self-conditioning, prompts and
+positions that start and end one after another."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_gaussian import GREY, SCHEDULES, sampler
+from torch import nn
+
+import gaussian
+from gaussian import TokenDiffusion, alpha_sigma, log_likelihood, position_times, q_sample
+from train import evaluate
+
+P = 1 / torch.arange(1, 28, dtype=torch.float64)           # 27 symbols after Zipf, 3.969 bits
+P /= P.sum()
+TABLES = {
+    "bits": torch.tensor([[1.0 if i >> k & 1 else -1.0 for k in range(5)] for i in range(27)]),
+    "one-hot": torch.eye(27),
+    "unit": F.normalize(torch.randn(27, 16, generator=torch.Generator().manual_seed(0)), dim=1),
+    "unequal": torch.randn(27, 6, generator=torch.Generator().manual_seed(1))
+    * torch.linspace(0.5, 3, 27)[:, None],
+}
+UNIT = TABLES["unit"]
+WIDE = dict(gamma_min=-6.0, gamma_max=8.0)
+
+# three tokens, 0 and 1, that depend on each other
+JOINT = torch.tensor([0.3, 0.02, 0.1, 0.01, 0.05, 0.2, 0.02, 0.3], dtype=torch.float64)
+STATES = torch.tensor([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)])
+PAIR = torch.tensor([[-1.0, 1.0], [1.0, 1.0]])
+
+
+class Says(nn.Module):
+    """A network that says the same logits everywhere, and remembers what it was shown."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+        self.calls = []
+
+    def forward(self, x, t):
+        self.calls.append((x, t.expand(x.shape[:2])))
+        return self.logits.expand(*x.shape[:2], -1)
+
+
+class Context(nn.Module):
+    """A small network with parameters in which positions see each other. calls: (x, t, output)."""
+
+    def __init__(self, width, n_out, T):
+        super().__init__()
+        self.a = nn.Linear(width * T, 32)
+        self.b = nn.Linear(32, n_out * T)
+        self.t = nn.Linear(T, 32)
+        self.calls = []
+
+    def forward(self, x, t):
+        t = t.expand(x.shape[:2])
+        h = (self.a(x.flatten(1)) + self.t(t)).tanh()
+        out = self.b(h).view(*x.shape[:2], -1)
+        self.calls.append((x, t, out))
+        return out
+
+
+class Bayes(nn.Module):
+    """Of tokens drawn from JOINT, each at a noise level of its own: what the other two tell."""
+
+    def forward(self, x, t):
+        gamma = -4 + 10 * t.double().expand(len(x), 3)
+        told = log_likelihood(x.double(), gamma, PAIR.double())        # (B, 3, 2)
+        state = JOINT.log() + sum(told[:, i, STATES[:, i]] for i in range(3))
+        state = state.softmax(-1)                                      # (B, 8)
+        one = state @ STATES.double()                                  # (B, 3)
+        probs = torch.stack([1 - one, one], -1).clamp(1e-30, 1)
+        return (probs.log() - told.log_softmax(-1)).float()
+
+
+def joint(stagger):
+    return TokenDiffusion(Bayes(), PAIR, gamma_min=-4.0, gamma_max=6.0, stagger=stagger)
+
+
+def distance(y, p):
+    """Total variation between tokens y (N, T) of 0 and 1, and p (2^T,)."""
+    index = (y * 2 ** torch.arange(y.size(1) - 1, -1, -1)).sum(1)
+    return (index.bincount(minlength=len(p)) / len(y) - p).abs().sum().item() / 2
+
+
+def source(n, T):
+    g = torch.Generator().manual_seed(0)
+    return torch.multinomial(P, n * T, replacement=True, generator=g).view(n, T)
+
+
+# ---- bounds and losses
+
+@pytest.mark.parametrize("stagger", [0, 3])
+@pytest.mark.parametrize("name", [*TABLES, "grey"])
+def test_a_silent_network_has_the_bound_log_V(name, stagger):
+    table = TABLES.get(name, GREY)
+    V = len(table)
+    m = TokenDiffusion(Says(torch.zeros(V)), table, stagger=stagger,
+                       gamma_min=-13.3 if name == "grey" else -8.0)
+    x0 = torch.randint(V, (1000, 8), generator=torch.Generator().manual_seed(0))
+    e = evaluate(m, x0, 8)
+    assert e["bound"] == pytest.approx(math.log(V), abs=max(0.015 * math.log(V), 4 * e["stderr"]))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_network_that_knows_the_source_has_its_entropy(name):
+    """And with loss=elbo the training loss of every schedule is the integral of the bound."""
+    x0 = source(3000, 16)
+    surprise = -P.log()[x0].mean().item()
+    m = TokenDiffusion(Says(P.log().float()), TABLES[name], **WIDE)
+    assert evaluate(m, x0, 8)["bound"] == pytest.approx(surprise, abs=0.04)
+    torch.manual_seed(0)
+    gamma = torch.full((3000, 1), -6.0, dtype=torch.float64)
+    x = m.embed_tokens(x0)
+    ends = m.reconstruction(x0, q_sample(x, gamma, torch.randn(x.shape)), gamma).mean().item() / 16
+    for schedule in SCHEDULES:
+        m = TokenDiffusion(m.net, TABLES[name], schedule, "elbo", **WIDE)
+        integral = sum(m(x0).item() for _ in range(8)) / 8
+        tolerance = 0.15 if schedule == "sqrt" else 0.06
+        assert integral + ends == pytest.approx(surprise, abs=tolerance), schedule
+
+
+@pytest.mark.parametrize("stagger", [0, 1, 6])
+def test_of_a_joint_source_the_bound_is_the_entropy_and_samples_follow_it(stagger):
+    """In any order; and with the first token given, the others follow p(x_1, x_2 | x_0 = 1)."""
+    m = joint(stagger)
+    g = torch.Generator().manual_seed(0)
+    code = torch.multinomial(JOINT, 12000, replacement=True, generator=g)
+    e = evaluate(m, STATES[code], 8, batch_size=4000)
+    assert e["bound"] == pytest.approx(-JOINT.log()[code].mean().item() / 3, abs=0.03)
+    torch.manual_seed(0)
+    s = sampler(steps=25 * (1 + stagger), sampler="ancestral")
+    x = torch.ones(3000, 3, dtype=torch.long)
+    *_, (y, _) = m.sample(x, x < 0, s)
+    assert distance(y, JOINT) < 0.05
+    known = torch.tensor([True, False, False]).expand(3000, 3)
+    *_, (y, _) = m.sample(x, known, s)
+    assert (y[:, 0] == 1).all() and distance(y[:, 1:], JOINT[4:] / JOINT[4:].sum()) < 0.04
+
+
+def test_an_oracle_returns_the_tokens_and_its_bound_is_the_kl_of_the_end():
+    x0 = torch.randint(27, (4, 9))
+    m = TokenDiffusion(Says(1e4 * F.one_hot(x0, 27).float()), UNIT, gamma_min=-8.0, gamma_max=5.0)
+    nats, _ = m.bound(x0, torch.tensor([0.1, 0.3, 0.6, 0.9]), range(4))
+    a, s = alpha_sigma(torch.tensor(5.0).double())
+    kl = (a ** 2 + 16 * (s ** 2 - 1 - 2 * s.log())) / 2                # |x| = 1, 16 dimensions
+    assert torch.allclose(nats, kl.expand(4), atol=1e-6)
+    for steps, kind in ((1, "ddim"), (7, "ddim"), (5, "ancestral")):
+        *_, (y, p) = m.sample(x0 * 0, x0 < 0, sampler(steps=steps, sampler=kind))
+        assert torch.equal(y, x0) and (p == 1).all()
+
+
+@pytest.mark.parametrize("kind, worst", [("ddim", 0.2), ("ancestral", 0.08)])
+def test_samples_of_a_known_source_have_its_distribution(kind, worst):
+    """log p with what z says is the exact denoiser: many steps draw from the source, few do not; td
+    narrows it, more under DDIM, where it compounds."""
+    p = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    m = TokenDiffusion(Says(p.log()), 2 * torch.eye(4) - 1, **WIDE)
+    far = []
+    for steps, td in ((100, 0), (1, 0), (100, 2)):
+        torch.manual_seed(0)
+        x = torch.zeros(2000, 10, dtype=torch.long)
+        *_, (y, _) = m.sample(x, x > 0, sampler(steps=steps, td=td, sampler=kind))
+        far.append((y.flatten().bincount(minlength=4) / y.numel() - p).abs().sum().item() / 2)
+    assert far[0] < 0.02 and far[1] > 0.1 and far[2] > worst, far
+
+
+@pytest.mark.parametrize("stagger", [0, 3])
+def test_losses_are_means_over_the_tokens_that_are_not_known(stagger):
+    torch.manual_seed(0)
+    x0 = torch.randint(27, (64, 10))
+    silent = Says(torch.zeros(27))
+    ce = TokenDiffusion(silent, UNIT, gamma_min=8.0, gamma_max=9.0)    # nothing but noise
+    assert ce(x0).item() == pytest.approx(math.log(27), abs=0.05)
+    ce = TokenDiffusion(silent, UNIT, output_prior=False, prompts=0.9, stagger=stagger, **WIDE)
+    assert ce(x0).item() == pytest.approx(math.log(27), abs=1e-4)
+    elbo = TokenDiffusion(silent, UNIT, loss="elbo", stagger=stagger, prompts=0.3, **WIDE)
+    nats = sum(elbo(x0).item() for _ in range(400)) / 400
+    assert nats == pytest.approx(math.log(27), abs=0.2)
+
+
+def test_tokens_that_are_clean_do_not_count_and_all_others_do():
+    """Tokens whose turn is yet to come, pure noise, train the network too; those that are clean
+    would only flatter the loss."""
+    x0 = torch.randint(27, (64, 30))
+    wrong = 1e6 * F.one_hot((x0 + 1) % 27, 27)                         # whatever z says
+    m = TokenDiffusion(Says(wrong), UNIT, stagger=5.0, **WIDE)
+    torch.manual_seed(0)
+    assert m(x0).item() > 9e5
+    noisy = m.net.calls[-1][1] > 0
+    assert 0.3 < noisy.float().mean() < 0.7
+    m.net.logits = wrong * ~noisy[..., None]
+    torch.manual_seed(0)
+    assert m(x0).item() < 4
+
+
+@pytest.mark.parametrize("loss", ["ce", "elbo"])
+def test_known_tokens_are_shown_clean_and_give_no_gradient(loss, monkeypatch):
+    torch.manual_seed(0)
+    m = TokenDiffusion(Context(16, 27, 6), UNIT, loss=loss, **WIDE)
+    known = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0]]).bool()
+    monkeypatch.setattr(gaussian, "prompt_mask", lambda *_: known)
+    x0 = torch.randint(27, (3, 6))
+    m(x0).backward()
+    (x, t, _), = m.net.calls
+    assert torch.allclose(x[known], UNIT[x0][known]) and (t[known] == 0).all()
+    assert (t[~known] > 0).all()
+    grad = m.net.b.bias.grad.view(6, 27).abs().sum(1)
+    assert grad[0] == 0 and (grad[1:] > 0).all()                       # known in every row
+
+
+# ---- positions and prompts
+
+def test_position_times():
+    """All begin as noise and end clean, each in a 1 / (1 + stagger)-th of the time, evenly
+    spaced in the order of rand; what is known has no place in it."""
+    t = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    rand = torch.rand(5, 40, generator=torch.Generator().manual_seed(0))
+    known = torch.zeros(5, 40, dtype=torch.bool)
+    for n_known in (0, 10):
+        known[:, :n_known] = True
+        n = 40 - n_known
+        parts = [position_times(now.expand(5, 1), rand, 3.0, known) for now in t]
+        t_pos, dt_pos = (torch.stack(part)[:, ~known].view(2001, 5, n)
+                         for part in zip(*parts, strict=True))
+        assert (t_pos[0] == 0).all() and (t_pos[-1] == 1).all() and (t_pos.diff(dim=0) >= 0).all()
+        assert set(dt_pos.unique().tolist()) == {0, 4}
+        assert torch.allclose((dt_pos > 0).double().mean(0), torch.tensor(0.25).double(), atol=1e-3)
+        clean_until = (t_pos == 0).sum(0).double() / 2001
+        evenly = 0.75 * (torch.arange(n) + 0.5).double() / n
+        assert torch.allclose(clean_until.sort(1).values, evenly.expand(5, n), atol=2e-3)
+        assert torch.equal(clean_until.argsort(1), rand[~known].view(5, n).argsort(1))
+    together, speed = position_times(t[:, None], None, 0, None)
+    assert torch.equal(together, t[:, None]) and (speed == 1).all()
+
+
+def test_prompt_masks():
+    """Beginnings, surroundings and both; never a whole row, none with share 0."""
+    torch.manual_seed(0)
+    known = gaussian.prompt_mask(20_000, 12, 0.6, "cpu")
+    assert not known.all(1).any() and 0.5 < known.any(1).float().mean() < 0.6   # some have length 0
+    changes = known.int().diff(dim=1).abs().sum(1)
+    assert (changes <= 3).all()
+    for n, start, end in ((1, True, False), (2, True, True), (1, False, True), (3, True, False),
+                          (2, False, False)):
+        shape = (changes == n) & (known[:, 0] == start) & (known[:, -1] == end)
+        assert shape.float().mean() > 0.005, (n, start, end)
+    assert not gaussian.prompt_mask(100, 12, 0, "cpu").any()
+
+
+@pytest.mark.parametrize("how", [dict(), dict(two_pass=True), dict(sampler="ancestral", td=1)],
+                         ids=str)
+@pytest.mark.parametrize("stagger", [0, 3])
+def test_prompts_stay_and_are_shown_clean(stagger, how):
+    torch.manual_seed(0)
+    m = TokenDiffusion(Context(32, 27, 200), UNIT, self_cond=True, stagger=stagger, **WIDE)
+    x = torch.randint(27, (20, 200))
+    known = torch.rand(20, 200) < 0.5
+    frames = list(m.sample(x, known, sampler(**{"steps": 4, **how})))
+    assert len(frames) == 4 and len(m.net.calls) == 4 * (1 + how.get("two_pass", False))
+    for y, p in frames:
+        assert torch.equal(y[known], x[known]) and (p[known] == 1).all() and (p > 0).all()
+    for shown, t, _ in m.net.calls:
+        assert torch.allclose(shown[..., :16][known], UNIT[x][known]) and (t[known] == 0).all()
+    z, t, _ = m.net.calls[0]
+    assert (t[~known] == 1).all()
+    assert z[..., :16][~known].std().item() == pytest.approx(1, rel=0.02)
+
+
+# ---- what the network is shown
+
+def test_the_posterior_is_fed_and_added():
+    table = TABLES["unequal"]
+    m = TokenDiffusion(Says(P.log().float()), table, self_cond=True, feed_posterior=True)
+    z = torch.randn(2, 5, 6).double()
+    gamma = torch.tensor([[-1.0], [1.0]]).double()
+    logits = m.logits(z, gamma, None, z * 0 + 0.5)
+    told = log_likelihood(z, gamma, table.double()).log_softmax(-1)
+    shown, posterior, before = m.net.calls[0][0].split([6, 27, 6], -1)
+    assert torch.equal(shown, z.float()) and (before == 0.5).all()
+    assert torch.allclose(posterior.double(), told.exp(), atol=1e-6)
+    assert torch.allclose(logits.double().softmax(-1), (P.log() + told).softmax(-1), atol=1e-6)
+    m.output_prior = False
+    assert torch.equal(m.logits(z, gamma), m.net.logits.expand(2, 5, 27))
+
+
+def own_estimate(m, z, gamma, out):
+    """xhat of a network of UNIT that said out at z."""
+    logits = out.double() + log_likelihood(z, gamma, UNIT.double())
+    return logits.softmax(-1) @ UNIT.double()
+
+
+def test_the_bound_of_a_self_conditioned_network_is_of_two_passes():
+    """The first is shown zeros, the second the first's estimate; nothing but z reaches either."""
+    torch.manual_seed(0)
+    m = TokenDiffusion(Context(32, 27, 5), UNIT, self_cond=True, **WIDE)
+    u = torch.tensor([0.2, 0.5, 0.9])
+    m.bound(torch.randint(27, (3, 5)), u, range(3))
+    (first, t, out), (second, _, _) = m.net.calls
+    assert torch.allclose(t, u[:, None].expand(3, 5))
+    z = first[..., :16]
+    assert (first[..., 16:] == 0).all() and torch.equal(z, second[..., :16])
+    xhat = own_estimate(m, z.double(), -6 + 14 * u.double()[:, None], out)
+    assert torch.allclose(second[..., 16:].double(), xhat, atol=1e-5)
+
+
+def test_half_of_the_batches_are_self_conditioned():
+    """They see an estimate, made without gradients; the others see zeros."""
+    m = TokenDiffusion(Context(32, 27, 5), UNIT, self_cond=True, **WIDE)
+    n_two = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        m.net.calls.clear()
+        m(torch.randint(27, (2, 5)))
+        assert [out.requires_grad for _, _, out in m.net.calls] in ([True], [False, True])
+        shown = m.net.calls[-1][0]
+        two = len(m.net.calls) == 2
+        assert not shown.requires_grad and (shown[..., 16:] != 0).any() == two
+        n_two += two
+    assert 15 < n_two < 45
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_the_sampler_walks_by_hand(two_pass):
+    """DDIM with td, self-conditioned on the step before or on a first pass: every input of the
+    network as derived here; what is known stays clean."""
+    torch.manual_seed(0)
+    m = TokenDiffusion(Context(32, 27, 5), UNIT, self_cond=True, **WIDE)
+    x = torch.randint(27, (2, 5))
+    known = torch.tensor([[True] + [False] * 4, [False] * 5])
+    frames = list(m.sample(x, known, sampler(steps=4, td=0.5, two_pass=two_pass)))
+    calls = [(shown.double(), out) for shown, _, out in m.net.calls]
+    z = calls[0][0][..., :16]
+    before = torch.zeros(2, 5, 16).double()
+    for i, (y, _) in zip(range(4, 0, -1), frames, strict=True):
+        gamma, gamma_next = (
+            m.gamma(torch.full((2, 1), max(step, 0) / 4, dtype=torch.float64))[0]
+            .expand(2, 5).masked_fill(known, -6) for step in (i, i - 1.5))
+        if two_pass:
+            shown, out = calls.pop(0)
+            assert torch.allclose(shown[..., :16], z, atol=1e-5) and (shown[..., 16:] == 0).all()
+            before = own_estimate(m, shown[..., :16], gamma, out)
+        shown, out = calls.pop(0)
+        assert torch.allclose(shown, torch.cat([z, before], -1), atol=1e-5)
+        assert torch.allclose(shown[0, 0, :16], UNIT[x[0, 0]].double())
+        before = own_estimate(m, shown[..., :16], gamma, out)
+        told = log_likelihood(shown[..., :16], gamma, UNIT.double())
+        assert torch.equal(y, torch.where(known, x, (out + told).argmax(-1)))
+        a, s = alpha_sigma(gamma)
+        b, s_next = alpha_sigma(gamma_next)
+        z = b * before + s_next * (shown[..., :16] - a * before) / s
+        z = torch.where(known[..., None], shown[..., :16], z)
+    assert not calls
