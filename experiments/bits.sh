@@ -1,24 +1,29 @@
 #!/bin/bash
-# Analog bits: one change at a time on tiny Shakespeare, fixed shape; then War and Peace and its judge. bash experiments/bits.sh [data_dir]
+# What is each choice of analog bits worth? One change at a time on tiny Shakespeare; then War and
+# Peace, its evaluation model and its samplers. Three hours on two CPU cores.
+# bash experiments/bits.sh [data_dir]
 set -eu
-data="${1:-data}"
-arm() {
+data=${1:-data}
+small="--dataset=shakespeare --data_dir=$data --n_layer=4 --n_head=4 --n_embd=128 --max_iters=1000
+    --eval_interval=500"
+arm() {   # name, what is changed
     name=$1; shift
-    python analog_bits.py --dataset=shakespeare --data_dir="$data" --n_layer=4 --n_head=4 --n_embd=128 --max_iters=1000 --eval_interval=500 --prompts=0 \
-        --out="out/bits-arms/$name" "$@"
+    grep -qs finished out/bits-arms/$name/status && return
+    python analog_bits.py $small --prompts=0 --out="out/bits-arms/$name" "$@"
 }
 for seed in 1337 1 2; do arm seed$seed --seed=$seed; done
-arm together --spread=0
-arm no-self-conditioning --selfcond=False
+arm together --stagger=0
+arm no-self-conditioning --self_cond=False
 arm per-bit --head=bits
 arm bytes --code=bytes
-arm random --code=random
 arm linear --schedule=linear
 arm cosine --schedule=cosine
-arm no-prior --prior=False
-arm no-hint --hint=False
-arm elbo --weight=elbo
-python train.py --dataset=shakespeare --data_dir="$data" --objective=ar --n_layer=4 --n_head=4 --n_embd=128 --max_iters=1000 --eval_interval=500 --out=out/bits-arms/twin
-python train.py --dataset=warpeace --data_dir="$data" --objective=ar --max_iters=4000 --out=out/warpeace-judge
-python analog_bits.py --dataset=warpeace --data_dir="$data" --block_size=64 --batch_size=64 --max_iters=6000 --eval_interval=1000 --out=out/bits
-python -m experiments.samplers --out=out/bits --judge=out/warpeace-judge --data_dir="$data" --n=64
+arm no-prior --output_prior=False
+arm no-hint --feed_posterior=False
+arm elbo --loss=elbo
+python train.py $small --objective=ar --out=out/bits-arms/ar
+python train.py --dataset=warpeace --data_dir="$data" --objective=ar --max_iters=4000 \
+    --out=out/warpeace-ar
+python analog_bits.py --dataset=warpeace --data_dir="$data" --block_size=64 --batch_size=64 \
+    --max_iters=6000 --eval_interval=1000 --out=out/bits
+python -m experiments.samplers --out=out/bits --eval_model=out/warpeace-ar --data_dir="$data" --n=64

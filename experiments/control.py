@@ -1,97 +1,107 @@
-"""What control costs, on a checkpoint of embeddings: steering by strength; and hybrids beside diffusion alone and a twin alone, in one window and in
-texts of eight.
+"""What does control cost? A checkpoint of embeddings: diffusion beside hybrids with a baseline, in
+texts of one window and of eight, and steering by its strength. An hour on one CPU core.
 
-    python -m experiments.control --out=out/ladder/best --twin=out/bits-arms/twin --n=64 --data_dir=data
+    python -m experiments.control --out=out/embed --ar=out/bits-arms/ar --n=64
 
-A text has its wish if no character of it is one that is not allowed. The judge is another autoregressive model than the twin that guides."""
+A text has what was asked if each of its characters is allowed. The evaluation model is another
+autoregressive model than the baseline, --ar, which guides.
+"""
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 
-import generate
-from config import EmbedSampler, Evaluate, Sample, parse, run
-from embed_diffusion import prepare, wish
-from evaluation.evaluate import SAMPLES, judge_of, open_checkpoint, sample_row, sample_setup, stamp
-from evaluation.report import Table
+from config import DEVICE, EmbedSampler, Sample, check, parse, run
+from embed_diffusion import control, steer_mask, write_controlled
+from evaluation.likelihood import Evaluate, corpus, open_checkpoint, spaced_rows
+from evaluation.report import Table, stamp
+from evaluation.samples import SAMPLE_COLUMNS, eval_model, sample_row
+from generate import lay_out, write
 from train import reseed
 
-WISHES = ("no:e", "only:abcdefghijklmnopqrstuvwxyz \\n", "at:64=T", "line:30")
-STRENGTHS = (0., 1., 2., 5.)
-LONG = 8   # windows in a long text
+LONG = 8     # windows in a long text
+WISHES = ["no:e", "only:abcdefghijklmnopqrstuvwxyz \\n", "at:64=T", "line:30"]
+HYBRIDS = {
+    **{f"diffusion, {steps} steps": dict(steps=steps) for steps in (50, 128, 400)},
+    **{f"diffusion, td {td}, {steps} steps": dict(td=td, steps=steps)
+       for steps in (50, 100) for td in (0.2, 0.4)},
+    **{f"blocks of {block}, {steps} steps each": dict(mode="blocks", block=block, steps=steps)
+       for block, steps in ((8, 8), (16, 16), (32, 32), (64, 64), (32, 50))},
+    **{f"guided, {weight} of the baseline, 50 steps": dict(mode="guided", ar_weight=weight)
+       for weight in (0.25, 0.5, 0.75)},
+}
+LONG_TEXTS = {
+    "diffusion, 50 steps a window": {},
+    **{f"blocks of 32, {steps} steps each": dict(mode="blocks", steps=steps) for steps in (25, 50)},
+}
 
 
-def hybrids(twin):
-    """Title and sampler of each row."""
-    plain = [(f"diffusion, {steps} steps", EmbedSampler(steps=steps)) for steps in (50, 128, 400)]
-    plain += [(f"diffusion, td {td:g}, {steps} steps", EmbedSampler(steps=steps, td=td)) for td, steps in ((.2, 50), (.4, 50), (.2, 100), (.4, 100))]
-    blocks = [(f"blocks of {block}, {steps} steps each", EmbedSampler(mode="blocks", block=block, steps=steps))
-              for block, steps in ((8, 8), (16, 16), (32, 32), (64, 64), (32, 50))]
-    guided = [(f"guided, {weight:g} of the twin, 50 steps", EmbedSampler(mode="guided", weight=weight, twin=twin)) for weight in (.25, .5, .75)]
-    return plain + blocks + guided
+@dataclass(frozen=True)
+class Settings(Evaluate):
+    ar: str = ""                   # the baseline's checkpoint
 
 
-def long_texts():
-    """Title and sampler of each row of the table of long texts."""
-    return [("diffusion, 50 steps a window", EmbedSampler()),
-            *((f"blocks of 32, {steps} steps each", EmbedSampler(mode="blocks", block=32, steps=steps)) for steps in (25, 50))]
+def write_texts(checkpoint, tokenizer, how, L):
+    """how.n texts of L characters -> x (n, L), network calls, characters a second."""
+    method = checkpoint.method
+    T = checkpoint.c.block_size
+    reseed(how.seed)
+    ids, known = lay_out([], L, T, method.mask_id)
+    if checkpoint.name == "ar":
+        frames = write(method, ids, known, T, how)
+        calls_per_frame = 1
+    else:
+        allowed, ar = control(method, tokenizer, how, L, T)
+        frames = write_controlled(method, ids, known, T, how, allowed, ar)
+        calls_per_frame = 1 + (how.mode == "guided")
+    n_calls = 0
+    start_time = time.perf_counter()
+    for x, _ in frames:
+        n_calls += calls_per_frame
+    return x, n_calls, x.numel() / (time.perf_counter() - start_time)
 
 
 def main(argv):
-    twin = next((a.partition("=")[2] for a in argv if a.startswith("--twin=")), "")
-    s = parse([a for a in argv if not a.startswith("--twin=")], Evaluate())
-    k, ar = open_checkpoint(s.out), open_checkpoint(twin)
-    if k.name != "embed" or ar.name != "ar":
-        raise SystemExit("--out is a checkpoint of embed_diffusion.py, --twin one of train.py --objective=ar")
-    data, blocks, judge = sample_setup(k, s, judge_of(s))
-    T = k.c.block_size
-
-    def texts(method, how, L=T):
-        """how.n texts of L characters, network calls, seconds."""
-        reseed(s.seed)
-        begun, calls = time.time(), 0
-        for x, _ in generate.write(method, torch.zeros(L, dtype=torch.long), torch.zeros(L, dtype=torch.bool), T, how):                # noqa: B007
-            calls += 1 + bool(getattr(method, "twin", None))
-        return x, calls, time.time() - begun
-
-    def row(title, method, how, L=T):
-        x, calls, seconds = texts(method, how, L)
-        table.add(*sample_row(title, x, data, judge, None, calls, x.numel() / seconds))
-
-    k.method.net.compile(dynamic=False)
-    texts(k.method, EmbedSampler(n=len(blocks), steps=2))                             # it is compiled at the first call
+    s = Settings(**parse(argv, Settings))
+    check(s.n and s.out and s.ar, "--out=RUN of embed_diffusion.py, --ar=RUN of train.py "
+                                  "--objective=ar, and n > 0 are needed")
+    checkpoint = open_checkpoint(s.out)
+    baseline = open_checkpoint(s.ar)
+    check(checkpoint.name == "embed" and baseline.name == "ar",
+          f"{s.out} and {s.ar} are no embeddings and no autoregressive baseline")
+    data = corpus(checkpoint, s)
+    scorer = eval_model(s)
+    T = data.T
     print(stamp())
-    table = Table(f"hybrids, {data.name}, windows of {T}; calls of both networks; the diffusion model compiled, the twins not", SAMPLES)
-    table.add(*sample_row("held out", blocks, data, judge))
-    for title, how in hybrids(twin):
-        how = replace(how, n=len(blocks), seed=s.seed)
-        prepare(k.method, data.alphabet, how, T)
-        row(title, k.method, how)
-        k.method.twin = None
-    row("the twin", ar.method, Sample(n=len(blocks), seed=s.seed, temperature=1.))
 
-    n = max(2, len(blocks) // 4)
-    table = Table(f"texts of {LONG * T} characters", SAMPLES)
-    long = data.val[:len(data.val) // LONG * LONG].reshape(-1, LONG * T)
-    table.add(*sample_row("held out", long[torch.linspace(0, len(long) - 1, n).long()].long(), data, judge))
-    for title, how in long_texts():
-        how = replace(how, n=n, seed=s.seed)
-        prepare(k.method, data.alphabet, how, T)
-        row(title, k.method, how, LONG * T)
-    row("the twin", ar.method, Sample(n=n, seed=s.seed, temperature=1.), LONG * T)
+    # hybrids, in one window and in long texts; calls are of both networks
+    long_val = data.val[:len(data.val) // LONG * LONG].reshape(-1, LONG * T)
+    n_long = max(2, s.n // 4)
+    for title, val, n, rows in [(f"hybrids, {data.name}, windows of {T}", data.val, s.n, HYBRIDS),
+                                (f"texts of {LONG * T}", long_val, n_long, LONG_TEXTS)]:
+        table = Table(title, SAMPLE_COLUMNS)
+        real = spaced_rows(val, n).long()
+        n, L = real.shape
+        table.add(*sample_row("held out", real, data, scorer))
+        for name, row in rows.items():
+            how = EmbedSampler(n=n, seed=s.seed, ar=s.ar, **row)
+            x, *cost = write_texts(checkpoint, data.tokenizer, how, L)
+            table.add(*sample_row(name, x, data, scorer, None, *cost))
+        how = Sample(n=n, seed=s.seed, temperature=1.0)
+        x, *cost = write_texts(baseline, data.tokenizer, how, L)
+        table.add(*sample_row("the baseline", x, data, scorer, None, *cost))
 
-    table = Table("steering", {"wish": 0, "strength": 0, "texts that have it": 3, "characters that are allowed": 3, "judge, nats/char": 3,
-                               "entropy, bits": 3, "known words": 3, "distinct 4-grams": 3})
+    shares = {"steer": 0, "strength": 0, "texts that have it": 3, "allowed characters": 3}
+    table = Table("steering", shares | SAMPLE_COLUMNS)
     for steer in WISHES:
-        allowed = wish(steer, data.alphabet)(torch.arange(T))                         # (T, V)
-        for strength in STRENGTHS:
-            how = EmbedSampler(steer=steer, strength=strength, n=len(blocks), seed=s.seed)
-            prepare(k.method, data.alphabet, how, T)
-            x, _, _ = texts(k.method, how)
-            kept = allowed.gather(1, x.cpu().T).T.double()                            # (n, T)
-            _, _, nats, entropy, words, _, fourgrams, *_ = sample_row("", x, data, judge)
-            shares = ((v.mean().item(), v.std().item() / len(v) ** .5) for v in (kept.prod(1), kept.mean(1)))
-            table.add(steer, strength, *shares, nats, entropy, words, fourgrams)
+        allowed = steer_mask(steer, data.tokenizer, T).to(DEVICE)      # (T, V)
+        for strength in (0.0, 1.0, 2.0, 5.0):
+            how = EmbedSampler(n=s.n, seed=s.seed, steer=steer, strength=strength)
+            x, *cost = write_texts(checkpoint, data.tokenizer, how, T)
+            kept = allowed[torch.arange(T, device=DEVICE), x].double()  # (n, T)
+            cells = [(share.mean().item(), share.std().item() / s.n ** 0.5)
+                     for share in (kept.prod(1), kept.mean(1))]
+            table.add(steer, strength, *cells, *sample_row("", x, data, scorer, None, *cost))
 
 
 if __name__ == "__main__":

@@ -1,53 +1,67 @@
-"""What the two defects of document 004's sampler cost, on a model with its settings: python -m experiments.defects --out=out/documents --n=96
+"""What do the two defects of document 004's sampler cost? On a model with its settings, the arm
+`documents` of experiments/ablation.sh. Three minutes on one CPU core.
 
-The model: python train.py --dataset=shakespeare --schedule=cosine --weight=pooled --optimizer=adamw --learning_rate=3e-4 --time=True
-The sampler: 100 calls, the most confident first, max(1, int(masked / (t + 1))) characters a call. Defect one: call t told the network t,
-which in training, under the cosine schedule, had stood for the fraction m(t) masked. Defect two: the counts and the top-k were taken over
-all texts of the batch at once."""
+    python -m experiments.defects --out=out/ablation/documents --n=96
+
+Its sampler: 100 calls, the most confident first, max(1, int(masked / (t + 1))) characters a call.
+Defect one: call t tells the network t, which in training, under the cosine schedule, stood for the
+fraction m(t) masked. Defect two: counts and top-k are taken over all texts of the batch at once.
+"""
+import time
 
 import torch
 
-from config import Evaluate, at_least, parse, run
-from diffusion import SCHEDULES, draw
-from evaluation.evaluate import SAMPLES, judge_of, open_checkpoint, sample, sample_row, sample_setup, stamp
-from evaluation.report import Table
+from config import DEVICE, check, parse, run
+from diffusion import mask_rate, rank, sample_tokens
+from evaluation.likelihood import Evaluate, corpus, open_checkpoint
+from evaluation.report import Table, stamp
+from evaluation.samples import SAMPLE_COLUMNS, eval_model, sample_row
+from train import reseed
 
 STEPS = 100
 
 
-def documents(net, mask, wrong_time, flattened):
-    """A sampler with the signature of MaskedDiffusion.sample and either defect."""
-    @torch.no_grad()
-    def walk(x, known, s):
-        x, sure = torch.where(known, x, mask), known.float()
-        for t in range(STEPS - 1, -1, -1):
-            masked = x == mask
-            told = SCHEDULES["cosine"](torch.full((len(x),), (t + 1) / STEPS)) if wrong_time else masked.float().mean(1)
-            p = net(x, told.to(x.device)).softmax(-1)
-            token, prob = draw(p)
-            shape = (1, -1) if flattened else x.shape
-            score = p.amax(-1).masked_fill(~masked, -1).view(shape)
-            n = (masked.view(shape).sum(1) // (t + 1)).clamp(min=1)
-            now = (score.argsort(1, descending=True).argsort(1) < n[:, None]).view(x.shape) & masked
-            x, sure = torch.where(now, token, x), torch.where(now, prob, sure)
-            yield x, sure
-    return walk
+@torch.no_grad()
+def write_as_documents(net, mask_id, x, wrong_time, one_top_k):
+    """Fill x (B, T), all MASK, with either defect. -> x, network calls a text needed on average"""
+    n_calls = 0.0
+    for t in range(STEPS - 1, -1, -1):
+        masked = x == mask_id
+        if not masked.any():
+            break
+        n_calls += masked.any(1).double().mean().item()
+        told = masked.float().mean(1)
+        if wrong_time:
+            told = mask_rate("cosine", torch.full_like(told, (t + 1) / STEPS))
+        log_probs = net(x, told).log_softmax(-1)
+        tokens, _ = sample_tokens(log_probs)
+        score = log_probs.amax(-1).masked_fill(~masked, -torch.inf)
+        if one_top_k:
+            score = score.view(1, -1)
+        n = (score > -torch.inf).sum(1) // (t + 1)
+        first = rank(-score) < n.clamp(min=1)[:, None]
+        x = torch.where(first.view(x.shape) & masked, tokens, x)
+    return x, n_calls
 
 
 def main(argv):
-    s = parse(argv, Evaluate())
-    at_least(s, 2, "n")
-    k = open_checkpoint(s.out)
-    if not getattr(k.c, "time", False) or k.name != "masked":
-        raise SystemExit(f"{k.path} is no masked model that is fed the time: train one with --time=True")
-    data, blocks, judge = sample_setup(k, s, judge_of(s))
+    s = Evaluate(**parse(argv, Evaluate))
+    checkpoint = open_checkpoint(s.out)
+    check(s.n and checkpoint.name == "masked" and checkpoint.c.time,
+          f"{checkpoint.path} is no masked model that is fed the time (--time), or n is 0")
+    data = corpus(checkpoint, s)
+    scorer = eval_model(s)
+    method = checkpoint.method
     print(stamp())
-    table = Table(f"samples, {data.name}, windows of {data.T}", SAMPLES)
-    for wrong_time, flattened in ((False, False), (True, False), (False, True), (True, True)):
-        k.method.sample = documents(k.method.net, k.method.mask, wrong_time, flattened)
-        x, calls, speed = sample(k, len(blocks), s)
-        title = " and ".join(["told t"] * wrong_time + ["one top-k for all"] * flattened) or "neither defect"
-        table.add(*sample_row(title, x, data, judge, None, calls, speed))
+    table = Table(f"samples, {data.name}, windows of {data.T}", SAMPLE_COLUMNS)
+    for title, *defects in [("neither defect", False, False), ("told t", True, False),
+                            ("one top-k for all", False, True), ("both", True, True)]:
+        reseed(s.seed)
+        x = torch.full((s.n, data.T), method.mask_id, device=DEVICE)
+        start_time = time.perf_counter()
+        x, n_calls = write_as_documents(method.net, method.mask_id, x, *defects)
+        speed = x.numel() / (time.perf_counter() - start_time)
+        table.add(*sample_row(title, x, data, scorer, None, n_calls, speed))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,44 @@
-"""The two strips of the README, from noise to a digit and from blanks to text, each in eight looks:
+"""The README's strips, from noise to digits and from blanks to text, each in eight looks. A minute.
 
-    python -m experiments.strips out/mnist        # writes results/digits.png and results/strip.png, prints the text"""
-
+    python -m experiments.strips out/mnist     # writes results/digits.png and strip.png, and prints
+"""
 import torch
 
 import mnist_ddpm
 import train
-from config import HERE, Picture, Sample, run
-from data import Alphabet
-from generate import plan, write
-from mnist_ddpm import draw, grey, grid, png
+from checkpoint import find_checkpoint, load
+from config import HERE, ImageSampler, Masked, Mnist, Sample, run
+from data import CharTokenizer
+from generate import lay_out, write
+from mnist_ddpm import N_CLASSES, grid, png, sample_images
 
-LOOKS = 8
+N_LOOKS = 8
+
+
+def looks(frames):
+    """N_LOOKS of frames, evenly spaced, the first and the last among them, with their numbers."""
+    every = torch.linspace(0, len(frames) - 1, N_LOOKS).round().int().tolist()
+    return [(i, frames[i]) for i in every]
 
 
 def main(argv):
-    method, c, _ = train.load(argv[0] if argv else HERE / "out/mnist", mnist_ddpm.build, ("mnist",))
-    frames = list(draw(method, torch.arange(100) % 10, c, Picture()))
-    every = torch.linspace(0, len(frames) - 1, LOOKS).round().int().tolist()
-    (HERE / "results/digits.png").write_bytes(png(grey(grid(frames[-1][0], 20))[None]))
-    strip = torch.stack([frames[i][0][d] for d in (7, 2) for i in every])
-    (HERE / "results/strip.png").write_bytes(png(grey(grid(strip, LOOKS))[None]))
+    path = find_checkpoint("".join(argv), "mnist")
+    method, _, _ = load(path, Mnist, mnist_ddpm.build, ["mnist"])
+    frames = list(sample_images(method, torch.arange(100) % N_CLASSES, ImageSampler()))
+    last, _ = frames[-1]
+    (HERE / "results/digits.png").write_bytes(png(grid(last, 20)))
+    strip = [z[digit] for digit in (7, 2) for _, (z, _) in looks(frames)]
+    (HERE / "results/strip.png").write_bytes(png(grid(torch.stack(strip), N_LOOKS)))
 
-    method, c, meta = train.load(HERE / "results/masked.pt", train.build)
-    alphabet, s = Alphabet(meta["alphabet"]), Sample(length=60, steps=64)
-    ids, known = plan(alphabet, s, c.block_size)
+    method, c, meta = load(HERE / "results/masked.pt", Masked, train.build, ["masked"])
+    tokenizer = CharTokenizer(meta["alphabet"], meta["is_bytes"])
+    s = Sample(length=60, steps=64)
+    ids, known = lay_out([], s.length, c.block_size, method.mask_id)
     train.reseed(s.seed)
-    texts = [torch.full((1, 60), method.mask), *(x for x, _ in write(method, ids, known, c.block_size, s))]
-    for i in torch.linspace(0, len(texts) - 1, LOOKS).round().int().tolist():
-        print(f"{i:3} calls   {alphabet.decode(texts[i][0].tolist()).replace(chr(10), '/')}")
+    texts = [ids, *(x[0] for x, _ in write(method, ids, known, c.block_size, s))]
+    for i, x in looks(texts):
+        text = tokenizer.decode(x.tolist()).replace("\n", "/")
+        print(f"{i:3} calls   {text}")
 
 
 if __name__ == "__main__":
