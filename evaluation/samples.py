@@ -43,8 +43,8 @@ def describe_sampler(how, s):
 
 
 def fill(method, x, known, how):
-    """Write x (B, T) where it is not known (B, T) -> text (B, T), network calls per text on average,
-    seconds."""
+    """Write x (B, T) where it is not known (B, T) -> the text, network calls that a text
+    needed on average, seconds."""
     reseed(how.seed)
     start_time = time.perf_counter()
     n_calls = 0.0
