@@ -1,6 +1,6 @@
 """Analog bits (Chen, Zhang & Hinton 2022): Gaussian diffusion over the bits of characters.
-settings: config.Bits, config.CodeSampler. Read with it: TokenDiffusion in gaussian.py, and of its
-formulas q_sample, reverse_step, log_likelihood and position_times.
+settings: config.Bits, config.CodeSampler. Read with it, in gaussian.py: TokenDiffusion,
+q_sample, reverse_step, log_likelihood and position_times.
 
     python analog_bits.py --dataset=warpeace
     python analog_bits.py --code=bytes --head=bits        # the bits of UTF-8, each predicted alone
@@ -10,23 +10,23 @@ formulas q_sample, reverse_step, log_likelihood and position_times.
 import torch
 from torch import nn
 
-from checkpoint import find_checkpoint, load, start_or_resume
-from config import Bits, CodeSampler, parse, print0, run
-from data import CharTokenizer, Text
+from checkpoint import start_or_resume
+from config import Bits, CodeSampler, check, parse, print0, run
+from data import Text
 from gaussian import TokenDiffusion
-from generate import lay_out, parse_prompt, print_source, show_texts, write
+from generate import lay_out, open_model, parse_prompt, show_texts, write
 from model import Transformer
-from train import fit, reseed, show_text
+from train import fit_text, reseed
 
 SETTINGS = Bits
 SAMPLER = CodeSampler
-GAMMA_MIN = -4.0    # a bit is wrong once in 10^13
-GAMMA_MAX = 8.0     # all bits of a character together tell 0.001 nats
+GAMMA_MIN = -4.0    # -log SNR at the clean end: the sign of z is wrong once in 10^13
+GAMMA_MAX = 8.0     # at the other: all bits of a character together tell 0.001 nats
 
 
-def bits(codes, width):
+def bits(ids, width):
     """Integers (...) as +-1 bits (..., width), the lowest first."""
-    return (codes[..., None] >> torch.arange(width, device=codes.device) & 1) * 2.0 - 1
+    return (ids[..., None] >> torch.arange(width, device=ids.device) & 1) * 2.0 - 1
 
 
 def bit_table(code, alphabet):
@@ -38,8 +38,8 @@ def bit_table(code, alphabet):
 
 
 class BitHead(nn.Module):
-    """A network that predicts each bit alone, K numbers, as one that predicts V logits: a character
-    is as likely as the product of its bits, among the codes that are characters."""
+    """A network of K logits of bits as one of V logits of characters: a character is as likely as
+    the product of its bits, normalized over the characters."""
 
     def __init__(self, net, table):
         super().__init__()
@@ -65,12 +65,10 @@ def build(c, meta):
 
 def sample(argv):
     s = CodeSampler(**parse(argv, CodeSampler))
-    path = find_checkpoint(s.out, "bits")
-    method, c, meta = load(path, Bits, build, ["bits"])
-    tokenizer = CharTokenizer(meta["alphabet"], meta["is_bytes"])
+    method, c, _, tokenizer = open_model(s.out, "bits", Bits, build, ["bits"])
+    check(method.self_cond or not s.two_pass, "two_pass needs a network trained with self_cond")
     pieces = parse_prompt(s.prompt, tokenizer)
     ids, known = lay_out(pieces, s.length, c.block_size, method.mask_id)
-    print_source(path, meta)
 
     reseed(s.seed)
     frames = write(method, ids, known, c.block_size, s)
@@ -84,12 +82,8 @@ def main(argv):
     data = Text(c, is_bytes=c.code == "bytes")
     reseed(c.seed)
     method = build(c, data.meta)
-
-    def show_sample(ema, out):
-        show_text(ema, data, c, CodeSampler())
-
     meta = {"method": "bits", "script": "analog_bits", **data.meta}
-    out = fit(method, data, c, meta, show_sample, state)
+    out = fit_text(method, data, c, meta, CodeSampler(), state)
     if out:
         print0(f"done: python analog_bits.py sample --out={out}")
 

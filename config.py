@@ -47,9 +47,9 @@ if GPU and WORLD_SIZE > 1:
     torch.cuda.set_device(LOCAL_RANK)
 
 
-# settings that are 1 or more; all other numbers are 0 or more
-COUNTS = {"max_iters", "eval_interval", "n_layer", "n_head", "n_embd", "batch_size", "grad_accum",
-          "block_size", "dim", "steps", "n", "block"}
+# settings that are 1 or more; other numbers are 0 or more, unless their default is negative
+ONE_OR_MORE = {"max_iters", "eval_interval", "n_layer", "n_head", "n_embd", "batch_size", "dim",
+               "grad_accum", "block_size", "steps", "n", "block"}
 
 
 class Settings:
@@ -60,7 +60,7 @@ class Settings:
             if choices:
                 check(value in choices, f"{f.name}={value} is none of {choices}")
             elif not isinstance(value, str) and f.default >= 0:
-                least = int(f.name in COUNTS)
+                least = int(f.name in ONE_OR_MORE)
                 check(least <= value < math.inf, f"{f.name}={value} must be {least} or more")
 
 
@@ -76,7 +76,7 @@ class Config(Settings):   # every script that trains
     seed: int = 1337
     max_iters: int = 20000 if GPU else 2800
     eval_interval: int = 1000 if GPU else 400
-    compile: bool = True           # after the first sample
+    compile: bool = True           # after step 100, in runs of 1,000 steps or more
     # model
     block_size: int = 256 if GPU else 128
     n_layer: int = 6
@@ -142,7 +142,7 @@ MNIST_RECIPES = {
 class Codes(Config):   # both below: Gaussian diffusion of tokens through a table of codes
     schedule: Literal["linear", "cosine", "sqrt"] = "sqrt"
     self_cond: bool = True         # show the network its own earlier prediction
-    output_prior: bool = True      # add to its logits what the noisy codes themselves say
+    output_prior: bool = True      # add to its logits log p(noisy code | character)
     feed_posterior: bool = True    # show the network those probabilities, too
     stagger: float = 3.0           # 0: all equally noisy; more: one after another
     prompts: float = 0.25          # share of training windows with a clean part
@@ -182,7 +182,7 @@ class Embed(Codes):   # embed_diffusion.py: the codes are embeddings of characte
               f"predict=tokens, not {self.predict}")
         check(not self.table or self.table_init == "unit", "table needs table_init=unit")
 
-# From the documents' baseline, which fails, to its cure, one change at a time.
+# From the usual baseline, which fails, to its cure, one change at a time.
 LADDER = {
     "baseline": dict(table_init="small", row_norm=1.0, train_table=False, predict="eps",
                      loss="simple", schedule="linear", gamma_min=-9.2, gamma_max=10.0,
@@ -228,10 +228,10 @@ class Writing(Settings):   # every script that writes text
 
 @dataclass(frozen=True)
 class Sample(Writing):   # generate.py: how a masked model or the baseline writes
-    steps: int = 256               # network calls per block, at most
+    steps: int = 256               # network calls per window of block_size, at most
     order: Literal["random", "confidence", "margin", "entropy"] = "margin"     # which comes first
-    counts: Literal["even", "documents", "cosine", "entropy"] = "even"         # how many per call
-    min_distance: int = 4          # characters revealed in one call are farther apart than this
+    counts: Literal["even", "documents", "cosine", "entropy"] = "even"         # entropy: EB sampler
+    min_distance: int = 4          # prefer characters farther apart than this in one call; 0: none
     entropy_bound: float = 0.1     # counts=entropy: sum of entropies - the largest, in nats
     temperature: float = 0.9       # 0: the likeliest character
     top_k: int = 0                 # only the k likeliest; 0: all
@@ -242,7 +242,7 @@ class Sample(Writing):   # generate.py: how a masked model or the baseline write
 class CodeSampler(Writing):   # analog_bits.py sample
     steps: int = 50                # of one network call, with two_pass of two
     sampler: Literal["ddim", "ancestral"] = "ancestral"
-    td: float = 0.0                # asymmetric time intervals: steps taken beyond the label
+    td: float = 0.0                # asymmetric time intervals: a step goes so many steps further
     two_pass: bool = False         # self-condition on a first pass at this step, not the last step
 
 
@@ -254,7 +254,7 @@ class EmbedSampler(CodeSampler):   # embed_diffusion.py sample
     ar_weight: float = 0.5         # mode=guided: 0 the network alone, 1 the baseline alone
     steer: str = ""                # no:e (no e), only:abc, at:5=T, line:40 (lines of 40)
     strength: float = 2.0          # of steering
-    rounding: Literal["", "learned", "cosine", "clamp"] = ""   # "": learned where it was learned
+    rounding: Literal["", "learned", "cosine", "clamp"] = ""   # "": cosine after loss=simple
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class ImageSampler(Settings):   # mnist_ddpm.py sample
     seed: int = 1337
     steps: int = 50
     sampler: Literal["ddim", "ancestral"] = "ddim"
-    td: float = 0.0                # asymmetric time intervals: steps taken beyond the label
+    td: float = 0.0                # asymmetric time intervals: a step goes so many steps further
     digit: Literal[-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9] = -1   # -1: all in turn
     guidance: float = 1.4          # 1: as trained with labels, 0: without
     clip: bool = True              # keep predicted pictures in [-1, 1]
@@ -340,6 +340,6 @@ def run(main):
     except OSError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if "memory" not in str(error) or "illegal" in str(error):      # illegal access: a bug
             raise
         raise SystemExit(f"out of memory: {str(error).splitlines()[0]}") from None

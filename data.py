@@ -43,7 +43,7 @@ class CharTokenizer:
     def __init__(self, chars, is_bytes=False):
         self.chars = chars
         self.is_bytes = is_bytes
-        self.ids = np.full(0x110000, -1)                               # of every code point
+        self.ids = np.full(0x110000, -1)           # of every code point; -1: not in the alphabet
         self.ids[[ord(ch) for ch in chars]] = np.arange(len(chars))
 
     def __len__(self):
@@ -64,13 +64,15 @@ class CharTokenizer:
 
     def decode_each(self, ids):
         """ids -> the text of each. Of a character of several bytes the last one has it all."""
-        texts = [self.chars[i] if i < len(self) else "·" for i in ids]
         if not self.is_bytes:
-            return texts
+            return [self.chars[i] if i < len(self) else "·" for i in ids]
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for n, text in enumerate(texts):
-            byte = text.encode("utf-8" if text == "·" else "latin-1")
-            texts[n] = decoder.decode(byte, final=n == len(texts) - 1)
+        texts = []
+        for i in ids:
+            byte = self.chars[i].encode("latin-1") if i < len(self) else "·".encode()
+            texts.append(decoder.decode(byte))
+        if texts:
+            texts[-1] += decoder.decode(b"", final=True)
         return texts
 
     def paint(self, ids, confidence):
@@ -106,7 +108,7 @@ class Text:
         dtype = np.uint8 if V < 256 else np.int16
         ids = torch.from_numpy(self.tokenizer.encode(text).astype(dtype))
 
-        # the last tenth is held out, of text8 and enwik8 the tenth before the last
+        # the last tenth is held out, of text8 and enwik8 the first half of it, as is usual
         n = int(0.9 * len(ids))
         train = ids[:n]
         val = ids[n:]

@@ -1,10 +1,12 @@
 """Masked (absorbing-state) diffusion over tokens, and its autoregressive baseline.
 
-Both are nn.Modules around a network net(x, t) -> logits (B, T, V), with one interface:
+Both are nn.Modules around a network net(x, t) -> logits (B, T, V), t = k / T the share masked:
 
     forward(x0)            training loss, nats per token
-    bound(x0, u, seeds)    one Monte Carlo sample per row of the bound on -log p(x0) / T
-    sample(x, known, s)    generator, yields (x, confidence) after every network call
+    bound(x0, u, seeds)    one Monte Carlo sample per row of the bound on -log p(x0) / T, nats
+                           (B,), and its noise level (B,), which u (B,) in (0, 1] chooses
+    sample(x, known, s)    generator, yields (x, confidence) after every network call; s has the
+                           settings of config.Sample
 
 B batch, T positions, V vocabulary size; token V is MASK.
 """
@@ -33,8 +35,9 @@ class MaskedDiffusion(nn.Module):
 
         -log p(x0) <= T int_0^1 CE(m) dm = T mean_{k=1..T} E[mean CE over exactly k masked]
 
-    (MDLM, MD4, RADD; ARDM), so the schedule changes the variance of the estimate, not its value.
-    The network reads V + 1 tokens and predicts V: MASK cannot be predicted.
+    (MDLM, MD4, RADD; ARDM). Here exactly k are masked. With loss=elbo the schedule changes only
+    the variance, with loss=pooled also the weight of the mask rates. The network reads V + 1 tokens
+    and predicts V: MASK cannot be predicted.
     """
     eval_levels = 16         # mask rates per window when the whole split is evaluated
     early_stopping = True    # best.pt has the lowest bound, not the last step
@@ -57,8 +60,8 @@ class MaskedDiffusion(nn.Module):
         return F.cross_entropy(logits.transpose(1, 2), x0, reduction="none") * masked
 
     def sample_mask_rates(self, B, device):
-        """A mask rate (B,) from each of B strata of t, and its weight (B,): the width of its
-        stratum, in mask rates, over the mean width."""
+        """Cut t into B equal strata and draw one mask rate uniformly between m at the borders of
+        each -> rates (B,), importance weights (B,): B times the width of the stratum."""
         borders = mask_rate(self.schedule, torch.linspace(0, 1, B + 1, device=device))
         borders[-1] = 1                                                # undo the clip
         width = borders.diff()
@@ -86,8 +89,8 @@ class MaskedDiffusion(nn.Module):
 
     def reveal(self, x, n_total, steps_left, s):
         """What one call of the network reveals of x (B, T): which positions (B, T), and the log
-        probabilities of their tokens (B, T, V). It depends on what is masked and predicted, not on
-        tokens drawn in this call, so that a text can be scored by it as well as written.
+        probabilities of their tokens (B, T, V). Neither depends on tokens drawn in this call, so a
+        text can be scored by it as well as written.
         n_total (B,): how many positions were masked at the start."""
         T = x.size(1)
         masked = x == self.mask_id
@@ -95,7 +98,7 @@ class MaskedDiffusion(nn.Module):
         logits = self.net(x, n_masked.clamp(min=1) / T)                # (B, T, V)
         log_probs = token_log_probs(logits, s.temperature, s.top_k)
 
-        # which positions come first
+        # which positions come first; the EB sampler, counts=entropy, has an order of its own
         if s.counts == "entropy":
             score = position_scores(log_probs.exp(), "entropy")
         else:
@@ -117,9 +120,10 @@ class MaskedDiffusion(nn.Module):
     @torch.no_grad()
     def sample(self, x, known, s):
         """Fill the positions of x (B, T) that are not known (B, T), in at most s.steps calls.
-        confidence (B, T) is the probability each token had when it was revealed.
+        confidence (B, T) is the probability of each token when it was revealed, after temperature
+        and top_k.
 
-        order=random, counts=even, temperature=1, remask=0, steps=T samples the model exactly."""
+        Exact samples of the model: order=random, temperature=1, top_k=0, remask=0, steps=T."""
         x = torch.where(known, x, self.mask_id)
         confidence = known.float()
         n_total = (~known).sum(1)
@@ -137,8 +141,9 @@ class MaskedDiffusion(nn.Module):
                 return
 
     def least_confident(self, x, confidence, known, share):
-        """ReMDM: which tokens to mask again (B, T), a share of those revealed, at least one if none
-        is masked: the least probable when revealed. What is predicted there now is not trained."""
+        """ReMDM: which tokens to mask again (B, T): a share of those revealed, the least probable
+        when they were; one at least if none is masked, so that every step is used. What the network
+        now says of them is no guide: it is trained at masked positions only."""
         masked = x == self.mask_id
         revealed = ~masked & ~known
         at_least = (~masked).all(1).long()
@@ -168,6 +173,7 @@ class Autoregressive(nn.Module):
         return self.bound(x0)[0].mean()
 
     def bound(self, x0, u=None, seeds=None):
+        """Exact, so nothing is drawn; the noise level is 1, for all tokens are predicted."""
         logits = self.logits(x0)
         nats = F.cross_entropy(logits.transpose(1, 2), x0, reduction="none").mean(1)
         return nats, torch.ones_like(nats)
@@ -202,7 +208,7 @@ class Autoregressive(nn.Module):
 # the formulas
 
 def per_row_noise(seeds, draw, shape):
-    """draw, torch.rand or torch.randn, of a shape once a seed: a row depends on no other row."""
+    """One row of noise per seed, (len(seeds), *shape), on the CPU; draw: torch.rand or randn."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([draw(shape, generator=g) for g in generators])
 
@@ -228,7 +234,7 @@ def token_log_probs(logits, temperature, top_k):
     if top_k:
         kth_best = logits.topk(min(top_k, logits.size(-1))).values[..., -1:]
         logits = logits.masked_fill(logits < kth_best, -math.inf)
-    logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits - logits.amax(-1, keepdim=True)        # no overflow at a tiny temperature
     return (logits / max(temperature, 1e-6)).log_softmax(-1)
 
 
@@ -240,8 +246,8 @@ def sample_tokens(log_probs):
 
 
 def position_scores(probs, order):
-    """How early to reveal each position, (B, T), from what is predicted there, (B, T, V). Scores
-    come before tokens: to score the token that was drawn would sample another distribution."""
+    """How early to reveal each position, (B, T), from what is predicted there, (B, T, V): the
+    higher the earlier. To score the token that was drawn would prefer likely draws, a bias."""
     if order == "random":
         return torch.rand(probs.shape[:2], device=probs.device)
     if order == "confidence":
@@ -267,8 +273,9 @@ def num_to_reveal(counts, n_masked, n_total, steps_left, steps):
 def entropy_bounded_count(probs, score, bound):
     """The EB sampler: reveal in order of score while sum of entropies - the largest <= bound."""
     sorted_score, order = score.sort(1, descending=True)
-    H = entropy(probs).gather(1, order).masked_fill(sorted_score == -math.inf, math.inf)
-    return (H.cumsum(1) - H.cummax(1).values <= bound).sum(1)
+    nats = entropy(probs).gather(1, order).masked_fill(sorted_score == -math.inf, math.inf)
+    # behind the masked positions this is inf - inf = nan, and nan <= bound is False
+    return (nats.cumsum(1) - nats.cummax(1).values <= bound).sum(1)
 
 
 def keep_apart(score, min_distance):
@@ -283,6 +290,7 @@ def keep_apart(score, min_distance):
     worst_first = shuffled.gather(1, order)                            # positions, by score
     ranks = worst_first.argsort(1).float()                             # (B, T), 0 is the worst
     candidate = score > -math.inf
+    # all local maxima at once: the same choice as one at a time, in fewer rounds
     free = candidate
     chosen = torch.zeros_like(candidate)
     while free.any():

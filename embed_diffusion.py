@@ -1,6 +1,6 @@
-"""Gaussian diffusion over embeddings of characters: the documents' baseline, which fails, its cure,
-and Diffusion-LM. settings: config.Embed, config.EmbedSampler. Read with it: TokenDiffusion in
-gaussian.py, and of its formulas q_sample, log_likelihood, alpha_sigma and x0_from_output.
+"""Gaussian diffusion over embeddings of characters: the usual baseline, which fails, its cure step
+by step, and Diffusion-LM. settings: config.Embed, config.EmbedSampler. Read with it, in
+gaussian.py: TokenDiffusion, q_sample, log_likelihood, alpha_sigma and x0_from_output.
 
     python embed_diffusion.py
     python embed_diffusion.py --recipe=baseline                    # config.EMBED_RECIPES has all
@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from checkpoint import find_checkpoint, load, start_or_resume
+from checkpoint import load, start_or_resume
 from config import (DEVICE, EMBED_RECIPES, HERE, Embed, EmbedSampler, Masked, check, parse, print0,
                     run)
-from data import CharTokenizer, Text
+from data import Text
 from gaussian import TokenDiffusion, alpha_sigma, q_sample, stratified_times, x0_from_output
-from generate import lay_out, parse_prompt, print_source, show_texts, write
+from generate import lay_out, open_model, parse_prompt, show_texts, write
 from model import Transformer
 from train import build as build_ar
-from train import fit, reseed, show_text
+from train import fit_text, reseed
 
 SETTINGS = Embed
 SAMPLER = EmbedSampler
@@ -35,7 +35,7 @@ DIFFUSION_LM_SIGMA = (1 - (1 - 0.0006 ** 0.5) / 0.99) ** 0.5     # 0.121, noise 
 
 
 class RowNorm(nn.Module):
-    """A table whose rows all have the same norm, as a function of one whose rows have any."""
+    """A reparametrization: rows of any length are scaled to the norm row_norm."""
 
     def __init__(self, row_norm):
         super().__init__()
@@ -44,7 +44,7 @@ class RowNorm(nn.Module):
     def forward(self, table):
         return self.row_norm * F.normalize(table, dim=1)
 
-    def right_inverse(self, table):
+    def right_inverse(self, table):              # what is stored when a table is assigned
         return table
 
 
@@ -79,9 +79,9 @@ class EmbeddingDiffusion(TokenDiffusion):
         return self.squared_error(x0)
 
     def diffusion_lm_loss(self, x0):
-        """Li et al. 2022: |x - xhat|^2, x drawn around the embedding (at the first of 2,000 steps
-        it is the embedding), + |alpha_1 x|^2, which keeps embeddings small, + cross-entropy of
-        rounding x, not xhat, which keeps embeddings apart."""
+        """Li et al. 2022: |target - xhat|^2, where x is drawn around the embedding, and the target
+        is x, or at the first of 2,000 steps the embedding; + |alpha_1 x|^2, which keeps embeddings
+        small; + cross-entropy of rounding x, not xhat, which keeps embeddings apart."""
         t = stratified_times(len(x0), x0.device)
         gamma, _ = self.gamma(t)
         alpha_1, _ = alpha_sigma(self.gamma(torch.ones_like(t))[0])
@@ -113,19 +113,20 @@ class EmbeddingDiffusion(TokenDiffusion):
                 editable = ~known & ~locked
             allowed = allowed | ~editable[..., None]                   # (B, T, V)
 
-        def predict_tokens(z, gamma, x_prev):
+        def predict_controlled(z, gamma, x_prev):
             if ar is None and allowed is None:
                 xhat, probs = self.predict_tokens(z, gamma, x_prev=x_prev)
             else:
                 xhat, probs = self.guided_prediction(z, gamma, x_prev, s, allowed, ar)
             return self.round(xhat, probs, s.rounding)
-        return super().sample(x, known, s, locked, predict_tokens)
+        return super().sample(x, known, s, locked, predict_controlled)
 
     def guided_prediction(self, z, gamma, x_prev, s, allowed, ar):
-        """Guided by ar: probs is probs^(1 - weight) ar_probs^weight, where the autoregressive model
-        reads the likeliest characters. Steered to y, that each position has an allowed character:
-        xhat + strength sigma^2 / alpha grad_z log p(y | z), at strength 1 the mean of x given z and
-        y (Dhariwal & Nichol 2021). p(y | z) is of this network, independent over positions."""
+        """Guided by ar: p is proportional to p_network^(1 - weight) p_ar^weight, where ar reads the
+        likeliest characters. Steered to y, "each position has an allowed character": xhat +
+        strength sigma^2 / alpha grad_z log p(y | z), at strength 1 the mean of x given z and y
+        (Dhariwal & Nichol 2021), with p(y | z) the product over positions. The probabilities that
+        are returned are not steered: only z is."""
         steer = allowed is not None
         with torch.set_grad_enabled(steer):
             z = z.detach().requires_grad_(steer)
@@ -144,15 +145,15 @@ class EmbeddingDiffusion(TokenDiffusion):
         return xhat + s.strength * sigma ** 2 / alpha * pull, probs
 
     def round(self, xhat, probs, rounding):
-        """learned: nothing to do. clamp: xhat becomes the row of the likeliest token, or if numbers
-        are predicted the nearest row (Diffusion-LM). cosine: the token is the row at the smallest
-        angle, the default of networks that nothing has taught to round."""
+        """clamp: xhat becomes the row of the likeliest token, or if numbers are predicted the
+        nearest row (Diffusion-LM). cosine: the token is the row at the smallest angle. learned:
+        neither. Empty: cosine after loss=simple, which teaches no rounding, else learned."""
         if rounding == "clamp":
             score = probs
             if self.predict != "tokens":
                 score = -torch.cdist(xhat.float(), self.table)
             return self.embed_tokens(score.argmax(-1)), probs
-        if rounding == "cosine" or rounding == "" and self.loss == "simple":
+        if rounding == "cosine" or (rounding == "" and self.loss == "simple"):
             cosine = F.normalize(xhat.float(), dim=-1) @ F.normalize(self.table, dim=1).T
             best, token = cosine.max(-1)                               # (B, T)
             probs = F.one_hot(token, len(self.table)) * best.clamp(0, 1)[..., None]
@@ -170,14 +171,12 @@ def build(c, meta):
 
 def sample(argv):
     s = EmbedSampler(**parse(argv, EmbedSampler))
-    path = find_checkpoint(s.out, "embed")
-    method, c, meta = load(path, Embed, build, ["embed"])
-    tokenizer = CharTokenizer(meta["alphabet"], meta["is_bytes"])
+    method, c, _, tokenizer = open_model(s.out, "embed", Embed, build, ["embed"])
+    check(method.self_cond or not s.two_pass, "two_pass needs a network trained with self_cond")
     T = c.block_size
     pieces = parse_prompt(s.prompt, tokenizer)
     ids, known = lay_out(pieces, s.length, T, method.mask_id)
     allowed, ar = control(method, tokenizer, s, len(ids), T)
-    print_source(path, meta)
 
     reseed(s.seed)
     frames = write_controlled(method, ids, known, T, s, allowed, ar)
@@ -196,14 +195,10 @@ def main(argv):
         count_bigrams(method, data)
     if c.table and not state:
         load_table(method, data, c)
-
-    def show_sample(ema, out):
-        show_text(ema, data, c, EmbedSampler())
-
     meta = {"method": "embed", "script": "embed_diffusion", **data.meta}
-    out = fit(method, data, c, meta, show_sample, state)
+    out = fit_text(method, data, c, meta, EmbedSampler(), state)
     if out:
-        print0(f"done: python embed_diffusion.py sample --out={out}; why it fails, or does not: "
+        print0(f"done: python embed_diffusion.py sample --out={out}; how well it denoises: "
                f"python -m evaluation.diagnostics --out={out}")
 
 
@@ -214,7 +209,7 @@ def count_bigrams(method, data):
     """Add the bigrams of the training text to method.bigrams."""
     V = len(data.tokenizer)
     pairs = data.train[:-1].long() * V + data.train[1:].long()
-    method.bigrams += torch.bincount(pairs.flatten(), minlength=V * V).view(V, V).cpu()
+    method.bigrams += torch.bincount(pairs, minlength=V * V).view(V, V).cpu()
 
 
 def load_table(method, data, c):
@@ -242,23 +237,25 @@ def read_table(path, alphabet):
             if token in wanted:
                 found[wanted[token]] = numbers.split()
     try:
-        table = torch.tensor([[float(x) for x in row] for row in found.values()]).double()
+        table = torch.tensor([[float(x) for x in row] for row in found.values()],
+                             dtype=torch.float64)
     except ValueError:
         raise SystemExit(f"{path} is no table: a token and as many numbers on each line; python "
                          f"-m experiments.table {path} --out=table.txt makes one") from None
-    check(table.isfinite().all(), f"{path} has numbers that are not finite, or too large")
+    check(table.float().isfinite().all(), f"{path} has numbers that are not finite, or too large")
     return dict(zip(found, table, strict=True))
 
 
 def principal_rows(table, dim):
     """The rows of a table {character: numbers}, less their mean, in their first dim principal
-    directions, zeros where there are fewer; of norm 1, fp32. A row at the mean says nothing."""
+    directions, zeros where there are fewer; of norm 1, fp32. Rows at the mean are left out: they
+    have no direction."""
     used = {ch: row for ch, row in table.items() if row.any()}         # zeros: was never trained
     if not used:
         return {}
     x = torch.stack([*used.values()])
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    rows = F.pad(u * s, (0, dim - len(s)))                             # may cut
+    rows = F.pad(u * s, (0, dim - len(s)))                             # a negative pad cuts
     norms = rows.norm(dim=1)
     return {ch: (row / norm).float() for ch, row, norm in zip(used, rows, norms, strict=True)
             if norm > 1e-6 * x.norm()}
@@ -267,11 +264,11 @@ def principal_rows(table, dim):
 # writing, steered and guided
 
 def steer_mask(steer, tokenizer, L):
-    """Which characters --steer allows at each position of a text: (L, V) bool."""
+    """Which characters --steer allows at each position, from 0 on, of a text: (L, V) bool."""
     check(steer.isascii() or not tokenizer.is_bytes,
           f"steer={steer!r}: this model writes bytes and is steered by ASCII alone")
 
-    def one_hot(chars):
+    def mask_of(chars):
         mask = torch.zeros(len(tokenizer), dtype=torch.bool)
         mask[torch.from_numpy(tokenizer.encode(chars))] = True
         return mask
@@ -279,15 +276,15 @@ def steer_mask(steer, tokenizer, L):
     kind, _, what = steer.replace("\\n", "\n").partition(":")
     place, _, char = what.partition("=")
     position = torch.arange(L)[:, None]
-    if kind == "no" and what and not one_hot(what).all():
-        return ~one_hot(what).expand(L, -1)
+    if kind == "no" and what and not mask_of(what).all():
+        return ~mask_of(what).expand(L, -1)
     if kind == "only" and what:
-        return one_hot(what).expand(L, -1)
+        return mask_of(what).expand(L, -1)
     if kind == "at" and place.isdecimal() and len(place) < 7 and len(char) == 1:
-        return one_hot(char) | (position != int(place))
+        return mask_of(char) | (position != int(place))
     if kind == "line" and what.isdecimal() and len(what) < 7 and int(what):
         is_end = position % (int(what) + 1) == int(what)
-        return one_hot("\n") == is_end
+        return mask_of("\n") == is_end          # a new line there, and nowhere else
     raise SystemExit(f"steer={steer!r}: write no:e, only:abc, at:5=T or line:40")
 
 
@@ -315,8 +312,8 @@ def control(method, tokenizer, s, L, T):
 
 
 def block_windows(L, T, block):
-    """(start, end) of windows of T at whose end the next block is written; at the beginning of a
-    text of L what follows the block is noise. Half a window at least is what was written before."""
+    """(start, end) of windows of T: a block is written at the end of each, and what the window has
+    after end stays noise. If L > T, at least half a window was written before."""
     if L > T:
         block = min(block, T // 2)
     windows = []
@@ -327,19 +324,19 @@ def block_windows(L, T, block):
 
 
 def write_controlled(method, ids, known, T, s, allowed, ar):
-    """generate.write, steered and guided, and with mode=blocks a block at a time."""
+    """As generate.write, but steered and guided, and with mode=blocks a block at a time."""
     windows = None
     if s.mode == "blocks":
         windows = block_windows(len(ids), T, s.block)
 
-    def sample(x, known, start, end):
+    def sample_window(x, known, start, end):
         position = torch.arange(start, start + T, device=DEVICE)
         locked = ~known & (position >= end)
         allowed_here = None
         if allowed is not None:
             allowed_here = allowed[start:start + T]
         return method.sample(x, known, s, locked, allowed_here, ar)
-    return write(method, ids, known, T, s, windows, sample)
+    return write(method, ids, known, T, s, windows, sample_window)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,23 @@
 
 Both are nn.Modules around a network, with one interface:
     forward(x0)            training loss
-    bound(x0, u, seeds)    one Monte Carlo sample per row of the bound on -log p(x0) / T
-    sample(...)            generator, yields after every step; the last is the result
+    bound(x0, u, seeds)    one Monte Carlo sample per row of the bound on -log p(x0) / T, nats
+                           (B,), and its noise level (B,), which u (B,) in (0, 1] chooses
+    sample(...)            generator, yields after every step: (z, xhat) of numbers, from noise z,
+                           or (x, confidence) of tokens, from x and known, as in diffusion.py
 
 x0 (B, T) are tokens 0..V-1: characters, or grey levels of pixels. Their codes x (B, T, K) are rows
 of a table (V, K). The forward process is z = alpha x + sigma eps, with gamma = -log SNR, so that
-alpha^2 = sigmoid(-gamma) and sigma^2 = sigmoid(gamma). With xhat(z, gamma) predicting x (VDM),
+alpha^2 = sigmoid(-gamma), DDPM's alpha-bar, and sigma^2 = sigmoid(gamma) = 1 - alpha^2. z_0 and z_1
+are z at gamma_min and gamma_max. With xhat(z, gamma) predicting x (VDM),
 
     -log p(x0) <= KL(q(z_1 | x) || N(0, I)) + E[-log p(x0 | z_0)]
                   + 1/2 int_{gamma_min}^{gamma_max} e^-gamma E|x - xhat|^2 dgamma
 
 which depends on the two ends of gamma but not on the schedule between them.
 
-t and gamma are (B, 1), or (B, T) where each position has its own. All but the network is float64.
+t in [0, 1] and gamma are (B, 1), or (B, T) where each position has its own. z, gamma and xhat are
+float64, for noise near gamma_min is finer than fp32; network, logits and losses are fp32.
 """
 import math
 
@@ -22,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import per_row_noise
+from diffusion import per_row_noise, rank
 
 
 def alpha_bar(schedule, t):
@@ -57,13 +61,13 @@ def reverse_step(z, xhat, gamma, gamma_next, sampler):
     if sampler == "ddim":
         eps = (z - alpha * xhat) / sigma
         return alpha_next * xhat + sigma_next * eps
-    c = -torch.expm1(gamma_next - gamma)[..., None]
+    c = -torch.expm1(gamma_next - gamma)[..., None]                    # 1 - SNR / SNR_next
     mean = (1 - c) * alpha_next / alpha * z + c * alpha_next * xhat
     return mean + c.sqrt() * sigma_next * torch.randn_like(z)
 
 
 def x0_from_output(predict, out, z, gamma):
-    """xhat from what the network predicts: x0, eps, or v = alpha eps - sigma x."""
+    """xhat from what the network predicts: x (called x0), eps, or v = alpha eps - sigma x."""
     alpha, sigma = alpha_sigma(gamma)
     if predict == "x0":
         return out
@@ -90,12 +94,12 @@ def loss_weight(loss, predict, gamma, slope):
 
 
 class GaussianDiffusion(nn.Module):
-    """Of numbers: the network predicts x0, eps or v. net(z, t) or net(z, t, cond), z (B, T, K), t
-    the noise level in [0, 1], 0 clean and 1 noise -> (B, T, K)."""
+    """Of numbers: the network predicts x0, eps or v, (B, T, K), as net(z, level) or net(z, level,
+    cond). The noise level is gamma on a scale from 0, gamma_min and clean, to 1, noise."""
     eval_levels = 8           # noise levels per example when the whole split is evaluated
-    early_stopping = False    # noise finer than a grey level decides the bound, and nobody sees it
+    early_stopping = False    # the bound is decided by noise that is too fine to see
     noise_name = "noise level"
-    stagger = 0.0
+    stagger = 0.0             # TokenDiffusion sets it
 
     def __init__(self, net, table, predict="v", schedule="cosine", loss="simple",
                  gamma_min=-13.3, gamma_max=10.0):
@@ -108,12 +112,13 @@ class GaussianDiffusion(nn.Module):
         self.loss = loss
         self.gamma_min = gamma_min
         self.gamma_max = gamma_max
+        # gamma at t = 0, 1/1000, ..., 1; its ends are set, so that all schedules have one bound
         t = torch.linspace(0, 1, 1001, dtype=torch.float64)
         bar = alpha_bar(schedule, t).clamp(1e-12, 1 - 1e-12)
-        knots = (torch.log1p(-bar) - bar.log()).clamp(gamma_min, gamma_max)  # -log SNR
+        knots = (torch.log1p(-bar) - bar.log()).clamp(gamma_min, gamma_max)
         knots[0] = gamma_min
         knots[-1] = gamma_max
-        self.register_buffer("knots", knots, persistent=False)
+        self.knots = nn.Buffer(knots, persistent=False)
 
     def gamma(self, t):
         """-log SNR at t, linear between the knots, and its slope dgamma/dt, in the shape of t."""
@@ -124,11 +129,11 @@ class GaussianDiffusion(nn.Module):
     def embed_tokens(self, x0):
         return self.table[x0].double()                                 # (B, T, K)
 
-    def call_net(self, x, gamma, cond):
-        t = (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
+    def call_net(self, inputs, gamma, cond):
+        level = (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
         if cond is None:
-            return self.net(x.float(), t.float())
-        return self.net(x.float(), t.float(), cond)
+            return self.net(inputs.float(), level.float())
+        return self.net(inputs.float(), level.float(), cond)
 
     def predict_x0(self, z, gamma, cond=None):
         """xhat (B, T, K), float64."""
@@ -182,7 +187,7 @@ class GaussianDiffusion(nn.Module):
     def sample(self, z, s, predict_x0=None):
         """From noise z (B, T, K) to numbers in s.steps steps; yields (z, xhat) after each, at last
         (xhat, xhat). predict_x0(z, gamma) is called instead of the method of that name, to guide.
-        s.td: each step goes so many steps further than the network is told (Chen et al. 2022)."""
+        s.td: a step ends so many steps past the time the next call is told (Chen et al. 2022)."""
         predict_x0 = predict_x0 or self.predict_x0
         z = z.double()
         for i in range(s.steps, 0, -1):
@@ -199,8 +204,8 @@ class GaussianDiffusion(nn.Module):
 
 
 class TokenDiffusion(GaussianDiffusion):
-    """Of tokens: the network predicts logits, net(x, t) -> (B, T, V), and xhat is the expected
-    embedding, softmax(logits) @ table.
+    """Of tokens: net(inputs, level) -> logits (B, T, V), and xhat is the expected embedding,
+    softmax(logits) @ table. The inputs are z (B, T, K) and, behind it, what two options add.
 
     output_prior: what z itself says of its token is added to the logits, by Bayes' rule (Plaid):
         an untrained network has the bound log V
@@ -281,7 +286,7 @@ class TokenDiffusion(GaussianDiffusion):
         if self.loss == "ce":
             counts = gamma > self.gamma_min     # not what is clean, for its code can be read off
             nats = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
-        else:
+        if self.loss == "elbo":
             counts = ~known
             error = (x - self.expected_embedding(logits.softmax(-1))).square().sum(2)
             nats = dt_pos * (-gamma).exp() * slope / 2 * error
@@ -289,6 +294,7 @@ class TokenDiffusion(GaussianDiffusion):
         return (weight * nats).sum().float() + self.regularizer(logits)
 
     def regularizer(self, logits):
+        """What EmbeddingDiffusion adds to the loss."""
         return 0
 
     @torch.no_grad()
@@ -296,7 +302,7 @@ class TokenDiffusion(GaussianDiffusion):
         """Write the positions of x (B, T) where known (B, T) is False; yields (x, confidence) after
         each of s.steps steps. Positions that are locked (B, T) stay noise. predict_tokens is called
         instead of the method of that name, to steer. The network is shown the xhat of the step
-        before, or with s.two_pass that of a first pass at the same z. s.td: as above."""
+        before, or with s.two_pass that of a first pass at the same z. s.td: as of numbers."""
         predict_tokens = predict_tokens or self.predict_tokens
         if locked is None:
             locked = torch.zeros_like(known)
@@ -337,29 +343,29 @@ def log_likelihood(z, gamma, table):
 
 
 def position_times(t, rand, stagger, known):
-    """Each position's own time t_pos and dt_pos/dt, at time t (B, 1): both (B, 1) or (B, T).
+    """Each position's own time t_pos and its slope dt_pos/dt, at time t (B, 1): both (B, 1) or
+    (B, T).
 
-    With stagger 0 all positions are equally noisy. Else they start and end one after another, in
-    the order of rand (B, T): the larger it is the fewer are on their way at once, the others being
-    clean or all noise, as in masked diffusion. The bound holds for any order. Positions that are
-    known (B, T) have no place in it."""
+    stagger 0: all have time t. Else they take turns in the order of rand (B, T): each takes
+    1 / (1 + stagger) of the time, so that with a large stagger most are clean or all noise, as in
+    masked diffusion. The bound holds for any order. Known positions (B, T) take no turn."""
     if not stagger:
         return t, torch.ones_like(t)
-    rank = rand.masked_fill(known, 2).argsort(1).argsort(1)
+    turn = rank(rand.masked_fill(known, 2))
     n_unknown = (~known).sum(1, keepdim=True).clamp(min=1)
-    t_pos = (1 + stagger) * t - stagger * (rank + 0.5) / n_unknown     # (B, T)
+    t_pos = (1 + stagger) * t - stagger * (turn + 0.5) / n_unknown     # (B, T)
     moving = (t_pos > 0) & (t_pos < 1)
     return t_pos.clamp(0, 1), (1 + stagger) * moving
 
 
 def prompt_mask(B, T, share, device):
-    """Known positions (B, T) in a share of the rows, never all of a row: in a third of these rows a
-    beginning; in a third all but a span; in a third a beginning and a piece after a blank."""
+    """Known positions (B, T) in a share of the rows, never all of a row. Of these rows a third have
+    a known beginning, a third all but one span, a third a beginning and a piece further on."""
     position = torch.arange(T, device=device)
     row = torch.rand(B, 1, device=device)
     a, b, c = (torch.rand(3, B, 1, device=device).sort(0).values * T).long()  # a <= b <= c < T
     c = torch.where(row < share / 3, 0, torch.where(row < share * 2 / 3, T, c))
-    known = (position < a) | (position > b) & (position < c)
+    known = (position < a) | ((position > b) & (position < c))
     return known & (row < share)
 
 

@@ -60,8 +60,8 @@ def join_pieces(pieces, mask_id):
 
 
 def lay_out(pieces, length, T, mask_id):
-    """ids, known (L,) of a text of `length` characters; 0: as long as a prompt with blanks, else
-    one block of T, or one character more than the prompt."""
+    """ids, known (L,) of a text of `length` characters. 0: as many as the prompt if it has blanks,
+    else T, or one more than the prompt if that is more."""
     ids, known = join_pieces(pieces, mask_id)
     n = len(ids)
     if not length:
@@ -72,19 +72,19 @@ def lay_out(pieces, length, T, mask_id):
 
 @torch.no_grad()
 def length_log_likelihood(method, before, after, lengths, orders, T):
-    """log p(after | before, L unknown characters between them) of a masked model, for each L of
-    lengths: (len(lengths),) float64.
+    """A masked model's estimate of log p(after | before, L unknown characters between them), for
+    each L of lengths: (len(lengths),) float64.
 
-    By the chain rule: after (A,) is masked, and its characters are revealed one at a time, in each
-    of the orders (n_orders, A); each adds its log-probability when it is next. The mean over
-    orders, which are the same for every L. before (P,) may have MASKs; its start is cut where a
-    window of T is too short."""
+    By the chain rule: after (A,) is masked and revealed one character at a time, in each of the
+    orders (n_orders, A); the log-probabilities of what is revealed are summed, and averaged over
+    the orders, which are the same for every L. before (P,) may have MASKs; its start is cut if all
+    of it does not fit into a window of T."""
     n_orders, A = orders.shape
     mask_id = method.mask_id
-    # one row for each character that is next: what comes before it in the order is revealed
-    place = orders.argsort(1)                                          # of a character in the order
-    n_revealed = torch.arange(A, device=orders.device)[:, None]
-    hidden = place[:, None] >= n_revealed                              # (n_orders, A, A)
+    # row r of an order: its first r characters are revealed, the next one is asked for
+    turn = orders.argsort(1)                                           # when each is revealed
+    row = torch.arange(A, device=orders.device)[:, None]
+    hidden = turn[:, None] >= row                                      # (n_orders, A, A)
     suffix = after.masked_fill(hidden, mask_id).flatten(0, 1)          # (n_orders A, A)
     next_position = orders.flatten()                                   # (n_orders A,)
     totals = []
@@ -104,12 +104,13 @@ def length_log_likelihood(method, before, after, lengths, orders, T):
 
 
 def infer_blank_lengths(method, pieces, T, seed):
-    """Pieces with each blank {a-b} as the {L} under which the known characters that directly follow
-    it, up to 32, are likeliest. L is uniform on a..b beforehand, so where nothing known follows it
-    is drawn. From left to right; a blank whose length is chosen is MASKs to the next."""
+    """Pieces with each blank {a-b} replaced by a {L}, from left to right: the likeliest L, by the
+    up to 32 known characters right after it, or if there are none any L of a..b by chance. A blank
+    whose length is chosen is MASKs to the next."""
     pieces = list(pieces)
     for i, lengths in enumerate(pieces):
-        if isinstance(lengths, list) or len(lengths) == 1:
+        is_text = isinstance(lengths, list)
+        if is_text or len(lengths) == 1:
             continue
         before, _ = join_pieces(pieces[:i], method.mask_id)
         after = []
@@ -136,8 +137,8 @@ def infer_blank_lengths(method, pieces, T, seed):
 
 
 def write(method, ids, known, T, s, windows=None, sample=None):
-    """Fill s.n copies of ids (L,) where known (L,) is False; yields (x (n, L), confidence (n, L))
-    after every network call.
+    """Fill s.n copies of ids (L,) where known (L,) is False; yields (x, confidence), (n, L) each,
+    after every step of the sampler.
 
     The network always reads a whole window of T characters. A short text is the beginning of one; a
     long one is written from left to right, each window starting half a window after the last. To
@@ -174,8 +175,18 @@ def half_windows(L, T):
     return [(start, start + T) for start in [*range(0, last, max(1, T // 2)), last]]
 
 
+def open_model(out, name, settings, build, methods):
+    """The checkpoint to write with -> its method, settings, dict and tokenizer."""
+    path = find_checkpoint(out, name)
+    method, c, meta = load(path, settings, build, methods)
+    print(f"{path}: {meta['method']}, trained on {meta['data']['name']} for {meta['step']:,} steps",
+          file=sys.stderr)
+    return method, c, meta, CharTokenizer(meta["alphabet"], meta["is_bytes"])
+
+
 def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):
     """Print the last of the frames, or let them be watched."""
+    # what is shown where nothing is left to write
     x = ids.repeat(s.n, 1)
     confidence = known.float().repeat(s.n, 1)
     n_calls = 0
@@ -186,30 +197,25 @@ def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):
     for x, confidence in frames:
         n_calls += calls_per_frame
     seconds = time.perf_counter() - start_time
+    report = f"{n_calls} network calls"
     if not watching:
         print("\n\n".join(to_texts(tokenizer, x, confidence)))
-    n_written = s.n * int((~known).sum())
-    print(f"{n_calls} network calls, {seconds:.1f} s, {n_written / seconds:,.0f} characters/s",
-          file=sys.stderr)
+        speed = s.n * int((~known).sum()) / seconds
+        report += f", {seconds:.1f} s, {speed:,.0f} characters/s"
+    print(report, file=sys.stderr)
 
 
 def main(argv):
     s = Sample(**parse(argv, Sample))
-    path = find_checkpoint(s.out, "masked")
-    method, c, meta = load(path, Masked, build, ["masked", "ar"])
-    tokenizer = CharTokenizer(meta["alphabet"], meta["is_bytes"])
-
-    # what is known, and how long the text is
+    method, c, meta, tokenizer = open_model(s.out, "masked", Masked, build, ["masked", "ar"])
     pieces = parse_prompt(s.prompt, tokenizer)
     if meta["method"] == "masked":
         pieces = infer_blank_lengths(method, pieces, c.block_size, s.seed)
     ids, known = lay_out(pieces, s.length, c.block_size, method.mask_id)
-    only_a_prompt = bool(known[:int(known.sum())].all())
-    check(meta["method"] == "masked" or only_a_prompt, "the autoregressive baseline writes from "
-          "left to right and cannot use the text after a blank: use a masked checkpoint")
-    print_source(path, meta)
+    known_comes_first = bool(known[:int(known.sum())].all())
+    check(meta["method"] == "masked" or known_comes_first, "the autoregressive baseline writes from"
+          " left to right and cannot use the text after a blank: use a masked checkpoint")
 
-    # write
     reseed(s.seed)
     frames = write(method, ids, known, c.block_size, s)
     show_texts(frames, ids, known, tokenizer, s)
@@ -217,11 +223,6 @@ def main(argv):
 
 # -------------------------------------------------------------------------------------------------
 # the terminal
-
-def print_source(path, meta):
-    print(f"{path}: {meta['method']}, trained on {meta['data']['name']} for {meta['step']:,} steps",
-          file=sys.stderr)
-
 
 def to_texts(tokenizer, x, confidence):
     """(n, L) each -> n texts, in colours where someone sees them."""

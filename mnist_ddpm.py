@@ -35,17 +35,17 @@ N_PIXELS = 28 * 28
 
 
 class PatchEmbedding(nn.Module):
-    """Patches with the label beside them and a learned position, since the page has two dimensions.
-    In fp32: at the clean end half precision cannot hold the noise."""
+    """Patches beside their label, by a linear layer, plus a learned position: RoPE knows the order
+    of patches, not rows and columns. fp32, for fp16 rounds away the noise at the clean end."""
 
     def __init__(self, n_in, n_patches, n_embd):
         super().__init__()
         self.value = nn.Linear(n_in, n_embd)
-        self.place = nn.Parameter(torch.zeros(n_patches, n_embd))
+        self.position = nn.Parameter(torch.zeros(n_patches, n_embd))
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            return self.value(x) + self.place
+            return self.value(x) + self.position
 
 
 class PatchTransformer(nn.Module):
@@ -79,20 +79,18 @@ class PatchTransformer(nn.Module):
 class PixelDiffusion(GaussianDiffusion):
     """The network predicts a number for each pixel: its grey level, the noise, or v."""
 
-    def forward(self, batch):
-        x0, label = batch
-        return super().forward(x0, label)
+    def forward(self, batch):             # tokens (B, 784), labels (B,)
+        return super().forward(*batch)
 
 
 class LevelDiffusion(TokenDiffusion):
-    """The network predicts the probability of each grey level of each pixel. A network with one
-    output cannot tell level 200 from 201 once the noise is as fine, and the bound pays (LOG.md)."""
-    eval_levels = 2                       # 256 logits a pixel take their time
+    """The tokens are grey levels: the network predicts the probabilities of 256 at each pixel. One
+    number a pixel is not exact enough where noise is finer than a level (LOG.md)."""
+    eval_levels = 2                       # 256 logits a pixel are slow
     sample = GaussianDiffusion.sample     # numbers, not tokens
 
-    def forward(self, batch):
-        x0, label = batch
-        return super().forward(x0, label)
+    def forward(self, batch):             # tokens (B, 784), labels (B,)
+        return super().forward(*batch)
 
 
 def build(c, meta):
@@ -103,14 +101,14 @@ def build(c, meta):
     return PixelDiffusion(net, grey_levels, c.predict, c.schedule, c.loss)
 
 
-def sample_images(method, labels, s, seed=0):
+def sample_images(method, labels, s, batch_index=0):
     """Digits of labels (n,), -1 for none; yields (z, xhat), images (n, 28, 28), after each step.
     s.guidance: classifier-free (Ho & Salimans 2022), 0 without labels, 1 with, more exaggerates."""
-    reseed(s.seed, seed)
+    reseed(s.seed, batch_index)
     noise = torch.randn(len(labels), N_PIXELS, 1).to(DEVICE)
     labels = labels.to(DEVICE)
 
-    def predict_x0(z, gamma):
+    def predict_guided(z, gamma):
         if s.guidance == 0:
             xhat = method.predict_x0(z, gamma)
         else:
@@ -122,7 +120,7 @@ def sample_images(method, labels, s, seed=0):
             xhat = xhat.clamp(-1, 1)
         return xhat
 
-    for z, xhat in method.sample(noise, s, predict_x0):
+    for z, xhat in method.sample(noise, s, predict_guided):
         yield z.view(-1, 28, 28).float().cpu(), xhat.view(-1, 28, 28).float().cpu()
 
 
@@ -138,16 +136,13 @@ def sample(argv):
     s = ImageSampler(**parse(argv, ImageSampler))
     path = find_checkpoint(s.out, "mnist")
     method, c, meta = load(path, Mnist, build, ["mnist"])
-    if s.digit < 0:
-        labels = torch.arange(s.n) % N_CLASSES
-        columns = min(s.n, N_CLASSES)
-    else:
+    labels = torch.arange(s.n) % N_CLASSES
+    if s.digit >= 0:
         labels = torch.full((s.n,), s.digit)
-        columns = min(s.n, 8)
     x = sample_batches(method, labels, s)
     out = path if path.is_dir() else path.parent
     to = Path(s.png) if s.png else out / "samples.png"
-    to.write_bytes(png(grid(x, columns)))
+    to.write_bytes(png(grid(x, min(s.n, N_CLASSES))))
     print(f"{path}: trained on {meta['data']['name']} for {meta['step']:,} steps; {s.n} digits, "
           f"{s.steps} {s.sampler} steps, guidance {s.guidance:g}\nwrote {to}")
     if s.trace:
@@ -231,8 +226,8 @@ def draw_digits(n_train=20_000, n_test=2_000, seed=0):
     affine = torch.stack([torch.stack(x_row, 1), torch.stack(y_row, 1)], 1)  # (n, 2, 3)
     images = []
     for m, y in zip(affine.split(2000), label.split(2000)):
-        grid = F.affine_grid(m, (len(y), 1, 28, 28), align_corners=False)
-        images.append(F.grid_sample(glyphs[y][:, None], grid, align_corners=False)[:, 0])
+        where = F.affine_grid(m, (len(y), 1, 28, 28), align_corners=False)
+        images.append(F.grid_sample(glyphs[y][:, None], where, align_corners=False)[:, 0])
     ink = torch.cat(images)                                            # (n, 28, 28)
     ink = torch.sigmoid((ink - threshold) * sharpness) * (ink > 0.02)
     ink = (255 * ink).byte().numpy()
@@ -241,9 +236,8 @@ def draw_digits(n_train=20_000, n_test=2_000, seed=0):
 
 
 class Images:
-    """MNIST or its stand-in. batch(n) -> pixels (n, 784) and labels (n,), of which a share
-    drop_label are hidden, -1, for classifier-free guidance; val (W, 784) for the bound, which is
-    without labels."""
+    """MNIST or its stand-in. batch(n) -> pixels (n, 784) and labels (n,), int64; a share drop_label
+    of the labels is hidden, -1, for classifier-free guidance. val (W, 784) uint8, for the bound."""
 
     def __init__(self, c):
         check(c.dataset in ("auto", "mnist", "digits"),
@@ -260,7 +254,7 @@ class Images:
                 print0(f"NO MNIST, TRAINING ON DIGITS DRAWN BY THIS PROGRAM: {error}")
         if self.name == "digits":
             arrays = draw_digits()
-            source = "".join(FONT).encode()       # CPUs round what is drawn differently
+            source = "".join(FONT).encode()       # not the pixels, which CPUs round differently
         else:
             source = arrays[0].tobytes()
         train, labels, val, val_labels = [torch.from_numpy(a.copy()).to(DEVICE) for a in arrays]
@@ -279,7 +273,7 @@ class Images:
 
     def batch(self, n):
         i = torch.randint(len(self.train), (n,)).to(DEVICE)
-        hidden = torch.rand(n, 1, device=DEVICE)[:, 0] < self.drop_label
+        hidden = torch.rand(n, device=DEVICE) < self.drop_label
         return self.train[i].long(), self.labels[i].long().masked_fill(hidden, -1)
 
 

@@ -1,4 +1,4 @@
-"""The transformer that all four models share, as a list of what it is:
+"""The transformer that every script trains, as a list of what it is:
 
     norm        RMSNorm without a gain, also on queries and keys
     positions   RoPE, and before attention and before the MLP a depthwise convolution over 5
@@ -8,7 +8,7 @@
     start       output layers are zero: blocks are the identity, predictions uniform
 
 The caller brings `embed`, a module (B, T) or (B, T, K) -> (B, T, n_embd), and the output width.
-B batch, T positions, C = n_embd channels, H heads, D = C / H.
+B batch, T positions, K numbers a position, C = n_embd channels, H heads, D = C / H.
 """
 import math
 
@@ -116,8 +116,8 @@ class NeighbourConv(nn.Module):
 
 
 class Block(nn.Module):
-    """x + (1 + gate) f((1 + scale) norm(x) + bias), with f attention and then the MLP.
-    mod: scale, bias and gate of the one, then of the other, from the noise level."""
+    """x + (1 + gate) f(conv((1 + scale) norm(x) + bias)), with f attention and then the MLP.
+    mod: scale, bias and gate of the one, then of the other; zeros without a noise level."""
 
     def __init__(self, c, causal, use_positions):
         super().__init__()
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(c.n_embd, n_out, bias=False)
         self.time = TimeEmbedding(c) if c.time else None
 
-        # zero at the start; mod multiplies (1 + .), for a gate of 0 times 0 would never train
+        # zero outputs; gates are 1 + gate, for a zero gate on a zero output would have no gradient
         nn.init.zeros_(self.head.weight)
         for block in self.blocks:
             nn.init.zeros_(block.attn.proj.weight)
@@ -185,8 +185,8 @@ class Transformer(nn.Module):
         self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, x, t, kv_cache=None):
-        """x (B, T) or (B, T, K), noise level t (B,) or (B, T) from 0 clean to 1 noise
-        -> fp32 (B, T, n_out).
+        """x (B, T) or (B, T, K), noise level t (B,) or (B, T) from 0 clean to 1 noise, which is
+        ignored unless c.time -> fp32 (B, T, n_out).
 
         kv_cache: a dict, empty at first, that a causal network fills with what it has read: a dict
         for each block, and the length. After the first call x goes on where the last one ended, one
