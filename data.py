@@ -68,11 +68,9 @@ class CharTokenizer:
             return [self.chars[i] if i < len(self) else "·" for i in ids]
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         texts = []
-        for i in ids:
+        for n, i in enumerate(ids, 1):
             byte = self.chars[i].encode("latin-1") if i < len(self) else "·".encode()
-            texts.append(decoder.decode(byte))
-        if texts:
-            texts[-1] += decoder.decode(b"", final=True)
+            texts.append(decoder.decode(byte, final=n == len(ids)))
         return texts
 
     def paint(self, ids, confidence):

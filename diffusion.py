@@ -5,8 +5,7 @@ Both are nn.Modules around a network net(x, t) -> logits (B, T, V), t = k / T th
     forward(x0)            training loss, nats per token
     bound(x0, u, seeds)    one Monte Carlo sample per row of the bound on -log p(x0) / T, nats
                            (B,), and its noise level (B,), which u (B,) in (0, 1] chooses
-    sample(x, known, s)    generator, yields (x, confidence) after every network call; s has the
-                           settings of config.Sample
+    sample(x, known, s)    yields (x, confidence) after every network call; s: config.Sample
 
 B batch, T positions, V vocabulary size; token V is MASK.
 """
@@ -36,8 +35,7 @@ class MaskedDiffusion(nn.Module):
         -log p(x0) <= T int_0^1 CE(m) dm = T mean_{k=1..T} E[mean CE over exactly k masked]
 
     (MDLM, MD4, RADD; ARDM). Here exactly k are masked. With loss=elbo the schedule changes only
-    the variance, with loss=pooled also the weight of the mask rates. The network reads V + 1 tokens
-    and predicts V: MASK cannot be predicted.
+    the variance, with loss=pooled also the weight of the mask rates. MASK is never predicted.
     """
     eval_levels = 16         # mask rates per window when the whole split is evaluated
     early_stopping = True    # best.pt has the lowest bound, not the last step
@@ -51,8 +49,7 @@ class MaskedDiffusion(nn.Module):
         self.loss = loss
 
     def masked_ce(self, x0, k, rand):
-        """Cross-entropy (B, T) at exactly k (B,) masked positions, 0 elsewhere; rand (B, T) is
-        uniform noise, and masked is where it is smallest."""
+        """Cross-entropy (B, T) where the k (B,) smallest of rand (B, T) are masked, else 0."""
         T = x0.size(1)
         masked = rank(rand) < k[:, None]                               # (B, T)
         xt = x0.masked_fill(masked, self.mask_id)
@@ -88,10 +85,9 @@ class MaskedDiffusion(nn.Module):
         return self.masked_ce(x0, k, rand).sum(1) / k, k / T
 
     def reveal(self, x, n_total, steps_left, s):
-        """What one call of the network reveals of x (B, T): which positions (B, T), and the log
-        probabilities of their tokens (B, T, V). Neither depends on tokens drawn in this call, so a
-        text can be scored by it as well as written.
-        n_total (B,): how many positions were masked at the start."""
+        """What one call of the network reveals of x (B, T), of which n_total (B,) positions were
+        masked at the start: which positions (B, T), and the log-probabilities of their tokens
+        (B, T, V). Neither depends on what is drawn, so a text can be scored as well as written."""
         T = x.size(1)
         masked = x == self.mask_id
         n_masked = masked.sum(1)                                       # (B,)
@@ -120,8 +116,7 @@ class MaskedDiffusion(nn.Module):
     @torch.no_grad()
     def sample(self, x, known, s):
         """Fill the positions of x (B, T) that are not known (B, T), in at most s.steps calls.
-        confidence (B, T) is the probability of each token when it was revealed, after temperature
-        and top_k.
+        confidence (B, T): the probability of each token when revealed, after temperature and top_k.
 
         Exact samples of the model: order=random, temperature=1, top_k=0, remask=0, steps=T."""
         x = torch.where(known, x, self.mask_id)
@@ -141,9 +136,9 @@ class MaskedDiffusion(nn.Module):
                 return
 
     def least_confident(self, x, confidence, known, share):
-        """ReMDM: which tokens to mask again (B, T): a share of those revealed, the least probable
-        when they were; one at least if none is masked, so that every step is used. What the network
-        now says of them is no guide: it is trained at masked positions only."""
+        """ReMDM: which tokens to mask again (B, T): a share of those revealed, or one if none is
+        masked, the least probable when revealed. What the network now says of them is no guide: it
+        is trained at masked positions only."""
         masked = x == self.mask_id
         revealed = ~masked & ~known
         at_least = (~masked).all(1).long()
@@ -214,8 +209,7 @@ def per_row_noise(seeds, draw, shape):
 
 
 def num_masked(rate, T):
-    """How many of T positions to mask (B,), whole numbers as floats. Rounded up, so that uniform
-    rates make all of 1, ..., T equally likely."""
+    """How many of T to mask (B,), as floats. Rounded up: uniform rates give all of 1..T alike."""
     return (rate * T).ceil().clamp(1, T)
 
 
@@ -246,8 +240,8 @@ def sample_tokens(log_probs):
 
 
 def position_scores(probs, order):
-    """How early to reveal each position, (B, T), from what is predicted there, (B, T, V): the
-    higher the earlier. To score the token that was drawn would prefer likely draws, a bias."""
+    """How early to reveal each position, (B, T), the higher the earlier, from what is predicted
+    there, (B, T, V). To score the token that was drawn would prefer likely draws, a bias."""
     if order == "random":
         return torch.rand(probs.shape[:2], device=probs.device)
     if order == "confidence":

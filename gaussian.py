@@ -2,21 +2,19 @@
 
 Both are nn.Modules around a network, with one interface:
     forward(x0)            training loss
-    bound(x0, u, seeds)    one Monte Carlo sample per row of the bound on -log p(x0) / T, nats
-                           (B,), and its noise level (B,), which u (B,) in (0, 1] chooses
-    sample(...)            generator, yields after every step: (z, xhat) of numbers, from noise z,
-                           or (x, confidence) of tokens, from x and known, as in diffusion.py
+    bound(x0, u, seeds)    as in diffusion.py
+    sample(...)            yields after every step: (z, xhat) of numbers, from noise z; (x,
+                           confidence) of tokens, from x and known, as in diffusion.py
 
 x0 (B, T) are tokens 0..V-1: characters, or grey levels of pixels. Their codes x (B, T, K) are rows
 of a table (V, K). The forward process is z = alpha x + sigma eps, with gamma = -log SNR, so that
-alpha^2 = sigmoid(-gamma), DDPM's alpha-bar, and sigma^2 = sigmoid(gamma) = 1 - alpha^2. z_0 and z_1
-are z at gamma_min and gamma_max. With xhat(z, gamma) predicting x (VDM),
+alpha^2 = sigmoid(-gamma), DDPM's alpha-bar, and sigma^2 = sigmoid(gamma); z_0 is z at gamma_min, z_1
+at gamma_max. With xhat(z, gamma) predicting x (VDM),
 
     -log p(x0) <= KL(q(z_1 | x) || N(0, I)) + E[-log p(x0 | z_0)]
                   + 1/2 int_{gamma_min}^{gamma_max} e^-gamma E|x - xhat|^2 dgamma
 
 which depends on the two ends of gamma but not on the schedule between them.
-
 t in [0, 1] and gamma are (B, 1), or (B, T) where each position has its own. z, gamma and xhat are
 float64, for noise near gamma_min is finer than fp32; network, logits and losses are fp32.
 """
@@ -294,8 +292,7 @@ class TokenDiffusion(GaussianDiffusion):
         return (weight * nats).sum().float() + self.regularizer(logits)
 
     def regularizer(self, logits):
-        """What EmbeddingDiffusion adds to the loss."""
-        return 0
+        return 0                            # EmbeddingDiffusion adds to the loss
 
     @torch.no_grad()
     def sample(self, x, known, s, locked=None, predict_tokens=None):
@@ -343,8 +340,7 @@ def log_likelihood(z, gamma, table):
 
 
 def position_times(t, rand, stagger, known):
-    """Each position's own time t_pos and its slope dt_pos/dt, at time t (B, 1): both (B, 1) or
-    (B, T).
+    """Each position's own time t_pos and dt_pos/dt at time t (B, 1): both (B, 1) or (B, T).
 
     stagger 0: all have time t. Else they take turns in the order of rand (B, T): each takes
     1 / (1 + stagger) of the time, so that with a large stagger most are clean or all noise, as in
