@@ -8,8 +8,8 @@ Both are nn.Modules around a network, with one interface:
 
 x0 (B, T) are tokens 0..V-1: characters, or grey levels of pixels. Their codes x (B, T, K) are rows
 of a table (V, K). The forward process is z = alpha x + sigma eps, with gamma = -log SNR, so that
-alpha^2 = sigmoid(-gamma), DDPM's alpha-bar, and sigma^2 = sigmoid(gamma); z_0 is z at gamma_min, z_1
-at gamma_max. With xhat(z, gamma) predicting x (VDM),
+alpha^2 = sigmoid(-gamma), DDPM's alpha-bar, and sigma^2 = sigmoid(gamma). z_0 is z at gamma_min,
+z_1 at gamma_max. With xhat(z, gamma) predicting x (VDM),
 
     -log p(x0) <= KL(q(z_1 | x) || N(0, I)) + E[-log p(x0 | z_0)]
                   + 1/2 int_{gamma_min}^{gamma_max} e^-gamma E|x - xhat|^2 dgamma
