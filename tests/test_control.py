@@ -1,20 +1,23 @@
-"""Steering by gradients, a twin's guidance and writing in blocks (embed_diffusion.py sample)."""
+"""Steering by gradients, guidance by the baseline and writing in blocks: embed_diffusion.py sample.
+"""
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run
-from test_embed import ABC, TINY, tiny
+from test_bits import ABC, TINY
+from test_embed import tiny
 from torch import nn
 
 import embed_diffusion
-import generate
+import train
 from config import EmbedSampler
-from data import Alphabet
-from diffusion import scales
-from embed_diffusion import Embeddings, build, prepare, wish
+from data import CharTokenizer
+from embed_diffusion import build, steer_mask, write_controlled
+from gaussian import alpha_sigma
 from train import reseed
 
-ABCDEFGH = Alphabet("abcdefgh")
+ABCDEFGH = CharTokenizer("abcdefgh")
+NOTHING = torch.zeros(12, dtype=torch.bool)
 
 
 class Smooth(nn.Module):
@@ -22,156 +25,224 @@ class Smooth(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.read, self.say = nn.Linear(width, 20), nn.Linear(20, 8)
+        self.fc = nn.Linear(width, 20)
+        self.proj = nn.Linear(20, 8)
 
     def forward(self, x, t):
-        return 3 * self.say(torch.tanh(self.read(x) + self.read(x).mean(1, keepdim=True)))
+        h = self.fc(x)
+        return 3 * self.proj(torch.tanh(h + h.mean(1, keepdim=True)))
 
 
-def smooth(**k):
+def smooth():
     reseed(3)
-    m = build(tiny("turns", **k), ABC).eval()
-    m.net = Smooth(6 * (1 + m.selfcond) + 8 * m.hint)
+    m = build(tiny("turns"), ABC).eval()
+    m.net = Smooth(6 + 6 + 8)
     return m
 
 
-def test_what_wishes_allow():
-    at = torch.arange(7)
-    say = lambda steer: ["".join(ch for ch, ok in zip("ab\nd", row, strict=True) if ok) for row in wish(steer, Alphabet("ab\nd"))(at)]
-    assert say("no:a") == ["b\nd"] * 7 and say("no:ab") == ["\nd"] * 7 and say("only:ad") == ["ad"] * 7 and say("only:\\n") == ["\n"] * 7
-    assert say("at:2=b") == ["ab\nd", "ab\nd", "b", *["ab\nd"] * 4]
-    assert say("line:2") == ["abd", "abd", "\n", "abd", "abd", "\n", "abd"]
-    for bad in ("", "e", "no:", "no:ab\\nd", "only:", "at:b", "at:1=", "at:-1=a", "line:0", "line:a", "some:a"):
+def write(m, s, ids=None, known=NOTHING, allowed=None, ar=None):
+    """The frames of m's texts in windows of 12, by default from nothing."""
+    ids = torch.zeros(len(known), dtype=torch.long) if ids is None else ids
+    return list(write_controlled(m, ids, known, 12, s, allowed, ar))
+
+
+# ---- steering
+
+def test_what_steering_allows():
+    tokenizer = CharTokenizer("ab\nd")
+    for steer, allowed in (
+            ("no:a", ["b\nd"] * 7), ("no:ab", ["\nd"] * 7), ("only:ad", ["ad"] * 7),
+            ("only:\\n", ["\n"] * 7), ("at:2=b", ["ab\nd", "ab\nd", "b", *["ab\nd"] * 4]),
+            ("at:0=\\n", ["\n", *["ab\nd"] * 6]), ("at:9=a", ["ab\nd"] * 7),
+            ("line:2", ["abd", "abd", "\n", "abd", "abd", "\n", "abd"])):
+        rows = steer_mask(steer, tokenizer, 7).tolist()
+        chars = ["".join(ch for ch, ok in zip("ab\nd", row, strict=True) if ok) for row in rows]
+        assert chars == allowed, steer
+    for bad in ("", "e", "no:", "no:ab\\nd", "only:", "at:b", "at:1=", "at:-1=a", "line:0",
+                "line:a", "some:a"):
         with pytest.raises(SystemExit, match="write no:e, only:abc, at:5=T or line:40"):
-            wish(bad, Alphabet("ab\nd"))
+            steer_mask(bad, tokenizer, 7)
     with pytest.raises(SystemExit, match="ASCII"):
-        wish("no:é", Alphabet("".join(map(chr, range(256))), raw=True))
+        steer_mask("no:é", CharTokenizer("".join(map(chr, range(256))), is_bytes=True), 7)
     with pytest.raises(SystemExit, match="never seen 'z'"):
-        wish("no:z", Alphabet("ab\nd"))(at)
+        steer_mask("no:z", tokenizer, 7)
 
 
 @pytest.mark.parametrize("steer", ["no:ab", "only:cdef", "at:3=h"])
 def test_the_pull_is_the_gradient_by_finite_differences(steer):
     m = smooth()
-    m.wish = wish(steer, ABCDEFGH)
-    z, before, gamma, nothing = *torch.randn(2, 2, 12, 6).double(), torch.rand(2, 12).double() * 4 - 1, torch.zeros(2, 12, 0).double()
-    how = lambda strength: m.decide(z, gamma, nothing, before, EmbedSampler(strength=strength, steer=steer))[0]
-    a, s = scales(gamma)
-    pull = (how(3.) - how(0.)) / 3 * a / s ** 2
-    allowed = m.wish(torch.arange(12))
-    odds = lambda z: m.logits(z, gamma, nothing, before)[:, :, 0].double().softmax(-1).mul(allowed).sum(-1).log().sum()
+    z, before = torch.randn(2, 2, 12, 6).double()
+    gamma = torch.rand(2, 12).double() * 4 - 1
+    allowed = steer_mask(steer, ABCDEFGH, 12)
+
+    def steered(strength):
+        s = EmbedSampler(strength=strength)
+        return m.guided_prediction(z, gamma, before, s, allowed, None)[0]
+
+    def log_p_y(z):
+        probs = m.logits(z, gamma, x_prev=before).double().softmax(-1)
+        return (probs * allowed).sum(-1).log().sum()
+
+    a, s = alpha_sigma(gamma)
+    pull = (steered(3.0) - steered(0.0)) / 3 * a / s ** 2
+    plain, _ = m.predict_tokens(z, gamma, x_prev=before)
+    assert torch.allclose(steered(0.0), plain, atol=1e-5)
     for _ in range(5):
         way = torch.randn_like(z)
-        assert (pull * way).sum().item() == pytest.approx(((odds(z + .003 * way) - odds(z - .003 * way)) / .006).item(), rel=.02, abs=.02)
+        slope = (log_p_y(z + 0.003 * way) - log_p_y(z - 0.003 * way)) / 0.006
+        assert (pull * way).sum().item() == pytest.approx(slope.item(), rel=0.02, abs=0.02)
 
 
-def test_an_exact_denoiser_steered_at_strength_1_draws_from_what_is_allowed():
-    """The untrained network is the exact denoiser of independent, uniform characters; p(text | wish) is then uniform over what is allowed."""
-    m = build(tiny("turns", spread=0., schedule="cosine"), ABC).eval()
-    m.wish = wish("only:bcg", ABCDEFGH)
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+def test_an_exact_denoiser_steered_at_strength_1_draws_from_what_is_allowed(sampler):
+    """The untrained network is the exact denoiser of independent, uniform characters; given what is
+    asked, they are uniform over what is allowed."""
+    m = build(tiny("turns", stagger=0.0, schedule="cosine"), ABC).eval()
     x = torch.zeros(400, 12, dtype=torch.long)
-    for sampler in ("ddim", "ancestral"):
-        reseed(0)
-        *_, (y, _) = m.sample(x, x > 0, EmbedSampler(steps=100, steer="only:bcg", strength=1., sampler=sampler))
-        share = torch.bincount(y.flatten(), minlength=8) / y.numel()
-        assert share[[1, 2, 6]].sum() > .995 and (share[[1, 2, 6]] - 1 / 3).abs().max() < .03, share
-    m.wish = None
+    allowed = steer_mask("only:bcg", ABCDEFGH, 12)
+    reseed(0)
+    s = EmbedSampler(steps=100, strength=1.0, sampler=sampler)
+    *_, (y, _) = m.sample(x, x > 0, s, allowed=allowed)
+    share = torch.bincount(y.flatten(), minlength=8) / y.numel()
+    assert share[[1, 2, 6]].sum() > 0.995
+    assert (share[[1, 2, 6]] - 1 / 3).abs().max() < 0.03, share
     *_, (y, _) = m.sample(x, x > 0, EmbedSampler(steps=20))
-    assert (torch.bincount(y.flatten(), minlength=8) / y.numel()).max() < .15
+    assert (torch.bincount(y.flatten(), minlength=8) / y.numel()).max() < 0.15
 
 
-def test_guidance_multiplies_probabilities_and_at_weight_1_the_twin_writes():
-    m, logits = smooth(), torch.randn(2, 12, 8)
-    args = torch.randn(2, 12, 6).double(), torch.zeros(2, 12).double(), torch.zeros(2, 12, 0).double(), None
-    alone, read = m.guess(*args)[1], []
-    m.twin = lambda text: (read.append(text), logits)[1]
-    for weight, truth in ((0., alone), (1., logits.softmax(-1)[:, :, None]), (.3, F.softmax(.7 * alone.log() + .3 * logits[:, :, None], -1))):
-        xhat, p = m.decide(*args, EmbedSampler(mode="guided", weight=weight))
-        assert torch.allclose(p, truth, atol=1e-5) and torch.allclose(xhat, (truth[:, :, 0] @ m.table).double(), atol=1e-5)
-    assert torch.equal(read[0], alone[:, :, 0].argmax(-1))                            # the twin reads what is likeliest
+def test_what_is_known_or_locked_does_not_count_in_steering(monkeypatch):
+    """A prompt that breaks it cannot be changed, and must not pull at the others; and each window
+    of a long text has its own part of what is allowed."""
+    m = smooth()
+    seen = []
+    inner = m.guided_prediction
 
+    def spy(z, gamma, x_prev, s, allowed, ar):
+        seen.append(allowed)
+        return inner(z, gamma, x_prev, s, allowed, ar)
+
+    monkeypatch.setattr(m, "guided_prediction", spy)
+    allowed = steer_mask("line:4", CharTokenizer("abcdef\ng"), 30)
+    known = torch.arange(30) % 3 == 0
+    write(m, EmbedSampler(steps=1, mode="blocks", block=6), known=known, allowed=allowed)
+    # (start, end) of the windows: in the last 6 before end, what is not known is written
+    windows = [(0, 6), (0, 12), (6, 18), (12, 24), (18, 30)]
+    for (start, end), part in zip(windows, seen, strict=True):
+        position = torch.arange(start, start + 12)
+        editable = ~known[position] & (position < end) & (position >= end - 6)
+        assert torch.equal(part[0], allowed[position] | ~editable[:, None])
+    z = torch.randn(1, 12, 6).double()
+    gamma = torch.zeros(1, 12).double()
+    no_a = steer_mask("no:a", ABCDEFGH, 12)
+    here = torch.arange(12)[:, None] < 6
+    plain = m.predict_tokens(z, gamma)[0]
+    pulls = [inner(z, gamma, None, EmbedSampler(), mask, None)[0] - plain
+             for mask in (no_a, no_a | here, no_a | ~here)]
+    assert torch.allclose(pulls[0], pulls[1] + pulls[2], atol=1e-4)
+    assert min(pull.abs().max() for pull in pulls) > 0.01
+
+
+# ---- guidance
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_guidance_multiplies_probabilities(weight):
+    """At weight 1 the baseline writes; it reads what is likeliest."""
+    m = smooth()
+    logits = torch.randn(2, 12, 8)
+    z = torch.randn(2, 12, 6).double()
+    gamma = torch.zeros(2, 12).double()
+    alone = m.predict_tokens(z, gamma)[1]
+    read = []
+
+    def ar(text):
+        read.append(text)
+        return logits
+
+    s = EmbedSampler(ar_weight=weight)
+    xhat, p = m.guided_prediction(z, gamma, None, s, None, ar)
+    truth = ((1 - weight) * alone.log() + weight * logits.log_softmax(-1)).softmax(-1)
+    assert torch.allclose(p, truth, atol=1e-5)
+    assert torch.allclose(xhat, (truth @ m.table).double(), atol=1e-5)
+    assert torch.equal(read[0], alone.argmax(-1))
+    write(m, EmbedSampler(steps=3, ar_weight=weight), ar=lambda text: ar(text)[:1])
+    assert len(read) == 4                                  # once a step
+
+
+# ---- blocks
 
 def test_blocks_are_written_from_left_to_right_and_what_comes_later_stays_noise():
-    m, seen, x0 = smooth(), [], torch.arange(31) % 8
-    inner = m.net
+    m = smooth()
+    x0 = torch.arange(31) % 8
+    starts = [0, 0, 3, 8, 13, 18, 19]                      # the last window ends with the text
+    calls = []
 
     class Oracle(nn.Module):
         def forward(self, x, t):
-            seen.append((m.start, t))
-            return inner(x, t) * 0 + 50. * F.one_hot(x0[(m.start + torch.arange(12)).clamp(max=30)], 8)
+            calls.append(t)
+            start = starts[(len(calls) - 1) // 3]
+            return 50.0 * F.one_hot(x0[start:start + 12], 8).expand(len(x), -1, -1)
 
     m.net = Oracle()
-    s = EmbedSampler(mode="blocks", block=5, steps=3, n=2)
-    known = torch.zeros(31, dtype=torch.bool)
-    known[:3] = True
-    frames = list(generate.write(m, x0 * known, known, 12, s))
-    assert torch.equal(frames[-1][0], x0.expand(2, 31)) and len(frames) == 7 * 3
-    assert [start for start, _ in seen[::3]] == [0, 0, 3, 8, 13, 18, 19]             # the last window ends with the text
-    for i, (x, sure) in enumerate(frames):
-        until = 5 * (i // 3 + 1)
-        assert (x[:, until:] == m.mask).all() and (sure[:, until:] == 0).all() and (x[:, :until] != m.mask).all()
-    first = torch.stack([t for _, t in seen[:3]])                                  # (3, 2, 12): the noise levels of the first block
-    assert (first[:, :, :3] == 0).all() and (first[:, :, 5:] == 1).all() and (first[1:, :, 3:5] < 1).any()
+    known = torch.arange(31) < 3
+    frames = write(m, EmbedSampler(mode="blocks", block=5, steps=3, n=2), x0 * known, known)
+    assert torch.equal(frames[-1][0], x0.expand(2, 31)) and len(frames) == len(calls) == 7 * 3
+    for i, (x, p) in enumerate(frames):
+        end = 5 * (i // 3 + 1)
+        assert (x[:, end:] == m.mask_id).all() and (p[:, end:] == 0).all()
+        assert (x[:, :end] != m.mask_id).all() and torch.equal(x[:, :3], x0[:3].expand(2, 3))
+    first = torch.stack(calls[:3])                         # (3, 2, 12): levels of the first block
+    assert (first[:, :, :3] == 0).all() and (first[:, :, 5:] == 1).all()
+    assert (first[1:, :, 3:5] < 1).any()
 
 
-def test_long_blocks_leave_half_a_window_for_what_was_written_before():
-    m, given = smooth(), []
-    sample = m.sample
-    m.sample = lambda x, known, s, later=None: (given.append(known.sum().item()), sample(x, known, s, later))[1]
-    for block in (6, 1000):
-        given.clear()
-        *_, (x, _) = generate.write(m, torch.zeros(30, dtype=torch.long), torch.zeros(30) > 0, 12, EmbedSampler(mode="blocks", block=block, steps=2))
-        assert given == [0, 6, 6, 6, 6] and (x < 8).all()
-
-
-def test_what_is_known_does_not_count_in_the_wish():
-    """A prompt that breaks it cannot be changed, and must not pull at the others."""
-    m, known, free, wished = smooth(), torch.arange(12) < 6, [], Embeddings.wished
-    m.wish, how = wish("no:a", ABCDEFGH), EmbedSampler(steer="no:a", strength=1., steps=2)
-    m.wished = lambda *args: (free.append(m.free), wished(m, *args))[1]
-    list(generate.write(m, torch.zeros(10, dtype=torch.long), known[:10], 12, how))
-    assert all(f.equal((torch.arange(12) >= 6) & (torch.arange(12) < 10) & torch.ones(1, 12).bool()) for f in free) and len(free) == 2
-    z, gamma, nothing, xhat = torch.randn(1, 12, 6).double(), torch.zeros(1, 12).double(), torch.zeros(1, 12, 0).double(), []
-    for m.free in (..., ~known[None], known[None]):
-        xhat.append(m.decide(z, gamma, nothing, None, how)[0] - m.guess(z, gamma, nothing)[0])
-    assert torch.allclose(xhat[0], xhat[1] + xhat[2], atol=1e-4) and xhat[1].abs().max() > .01 < xhat[2].abs().max()
-
-
-def test_preparing_anew_forgets_the_last_wish_and_twin():
+@pytest.mark.parametrize("block", [6, 1000])
+def test_long_blocks_leave_half_a_window_for_what_was_written_before(block, monkeypatch):
     m = smooth()
-    prepare(m, ABCDEFGH, EmbedSampler(steer="no:a"), 12)
-    assert m.wish and not m.twin
-    m.twin, m.start = len, 5
-    prepare(m, ABCDEFGH, EmbedSampler(), 12)
-    assert m.wish is m.twin is None and m.start == 0
+    given = []
+    inner = m.sample
+
+    def spy(x, known, *args):
+        given.append(known.sum().item())
+        return inner(x, known, *args)
+
+    monkeypatch.setattr(m, "sample", spy)
+    s = EmbedSampler(mode="blocks", block=block, steps=2)
+    x, _ = write(m, s, known=torch.zeros(30, dtype=torch.bool))[-1]
+    assert given == [0, 6, 6, 6, 6] and (x < 8).all()
 
 
 def test_a_block_as_long_as_the_text_is_plain_diffusion():
     m = smooth()
-    nothing = torch.zeros(12, dtype=torch.bool)
     texts = []
     for how in (dict(mode="blocks", block=12), dict(mode="blocks", block=99), dict()):
         reseed(5)
-        *_, (x, _) = generate.write(m, torch.zeros(12, dtype=torch.long), nothing, 12, EmbedSampler(steps=8, n=3, **how))
-        texts.append(x)
+        texts.append(write(m, EmbedSampler(steps=8, n=3, **how))[-1][0])
     assert torch.equal(texts[0], texts[2]) and torch.equal(texts[1], texts[2])
 
 
+# ---- the script
+
 def test_control_from_the_command_line(tmp_path):
-    run("embed_diffusion.py", *TINY, "--max_iters=20", "--eval_interval=20", f"--out={tmp_path}/embed")
-    run("embed_diffusion.py", *TINY, "--max_iters=20", "--eval_interval=20", "--recipe=x0", f"--out={tmp_path}/x0")
-    run("train.py", *TINY, "--max_iters=20", "--eval_interval=20", "--objective=ar", f"--out={tmp_path}/ar")
+    embed_diffusion.main([*TINY, f"--out={tmp_path}/embed"])
+    embed_diffusion.main([*TINY, "--recipe=x0", f"--out={tmp_path}/x0"])
+    train.main([*TINY, "--objective=ar", f"--out={tmp_path}/ar"])
     out = f"--out={tmp_path}/embed"
     r = run("embed_diffusion.py", "sample", out, "--steer=only:ab", "--length=70")
     assert sum(ch in "ab" for ch in r.stdout) > 60 and len(r.stdout) == 71
-    r = run("embed_diffusion.py", "sample", out, "--mode=blocks", "--block=16", "--length=70", "--steps=3")
+    r = run("embed_diffusion.py", "sample", out, "--mode=blocks", "--block=16", "--length=70",
+            "--steps=3")
     assert "15 network calls" in r.stderr
-    run("embed_diffusion.py", "sample", out, "--mode=guided", f"--twin={tmp_path}/ar", "--steps=3", "--steer=line:9")
-    for args, line in ((["--mode=guided"], "^the twin results/judge.pt reads other characters"), (["--steer=e"], "write no:e"),
-                       (["--steer=no:\u4e00"], "never seen"),
-                       (["--mode=guided", f"--twin={tmp_path}/none"], "no checkpoint"), (["--weight=2"], "at most 1"), (["--block=0"], "1 or more"),
-                       (["--steer=no:e", "--rounding=clamp"], "takes it back"), (["--steer=at:99999999999999999999=a"], "write no:e"),
-                       (["--steer=at:32=a"], "allows everything in a text of 32"),
-                       ([f"--out={tmp_path}/x0", "--steer=no:e"], "predicts probabilities")):
-        with pytest.raises(SystemExit, match=line):                                   # one line, exit code 1
+    run("embed_diffusion.py", "sample", out, "--mode=guided", f"--ar={tmp_path}/ar", "--steps=3",
+        "--steer=line:9")
+    for args, line in (
+            (["--mode=guided"], "results/judge.pt reads other characters"),
+            (["--mode=guided", f"--ar={tmp_path}/none"], "no checkpoint"),
+            (["--mode=guided", f"--ar={tmp_path}/x0"], "is a embed checkpoint, not ar"),
+            (["--steer=e"], "write no:e"), (["--steer=no:\u4e00"], "never seen"),
+            (["--block=0"], "1 or more"), (["--steer=no:e", "--rounding=clamp"], "moves it back"),
+            (["--steer=at:99999999999999999999=a"], "write no:e"),
+            (["--steer=at:32=a"], "allows everything in a text of 32"),
+            ([f"--out={tmp_path}/x0", "--steer=no:e"], "predicts tokens"),
+            ([f"--out={tmp_path}/x0", "--mode=guided"], "predicts tokens")):
+        with pytest.raises(SystemExit, match=line):        # one line, exit code 1
             embed_diffusion.main(["sample", out, *args])

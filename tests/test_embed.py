@@ -1,4 +1,5 @@
-"""embed_diffusion.py: the ladder, tables frozen and learned, what a network without positions cannot know, rounding, the diagnosis."""
+"""embed_diffusion.py: the ladder, tables frozen, learned and read, what a network without positions
+cannot know, rounding, Diffusion-LM, fluency, and the script as it is typed."""
 import math
 from types import SimpleNamespace
 
@@ -6,187 +7,302 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run
+from test_bits import ABC, TINY
 from torch import nn
 
+import embed_diffusion
 import model
 import train
-from config import EMBED, LADDER, Embed, EmbedSampler, parse
-from diffusion import scales
-from embed_diffusion import begin, build, cross_entropy, tells
+from config import EMBED_RECIPES, LADDER, Embed, EmbedSampler, parse
+from data import CharTokenizer
+from embed_diffusion import build, principal_rows, read_table
+from gaussian import alpha_sigma
 from train import reseed
 
-TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8", "--max_iters=120", "--eval_interval=60",
-        "--train_size=20000"]
-ABC = {"alphabet": "abcdefgh"}
+KEY = "parametrizations.table.original"                    # of a table of unit rows, in state dicts
 
 
 def tiny(recipe="best", **k):
-    return Embed(**{**EMBED[recipe], "block_size": 12, "n_layer": 1, "n_head": 1, "n_embd": 16, "dim": 6, **k})
+    return Embed(**{**EMBED_RECIPES[recipe], **dict(block_size=12, n_layer=1, n_head=1, n_embd=16,
+                                                    dim=6), **k})
 
 
-def alive(m):
-    """m with a network that is not silent: weights drawn, not zero."""
-    reseed(1)
-    for p in m.net.parameters():
-        nn.init.normal_(p, std=.3)
-    return m.eval()
+def settings(*argv):
+    return Embed(**parse(list(argv), Embed, EMBED_RECIPES))
 
+
+# ---- recipes
 
 def test_the_ladder_changes_one_thing_at_a_time_and_ends_at_the_default():
-    assert list(EMBED)[:len(LADDER)] == list(LADDER)
-    for (_, before), (name, after) in zip(list(EMBED.items())[:len(LADDER) - 1], list(EMBED.items())[1:], strict=False):
-        assert {k for k in after if after[k] != before[k]} == set(LADDER[name]), name
-    assert Embed(**EMBED["best"]) == Embed() and set(EMBED["baseline"]) < set(Embed.__dataclass_fields__)
-    for name, recipe in EMBED.items():
-        c = parse(["--dim=8", f"--recipe={name}", "--seed=3"], Embed())
-        assert c == Embed(dim=8, seed=3, **recipe) and parse([f"--seed={c.seed}", "--dim=8"], c) == c
-    assert parse(["--time=False", "--recipe=baseline"], Embed()) == Embed(**EMBED["baseline"] | {"time": False})
-    assert parse([], Embed(spread=1.0)).spread == 1                                   # an edited config.py holds
+    rungs = list(LADDER)
+    assert list(EMBED_RECIPES)[:len(rungs)] == rungs
+    for before, name in zip(rungs, rungs[1:], strict=False):
+        a = EMBED_RECIPES[before]
+        b = EMBED_RECIPES[name]
+        assert {k for k in b if a[k] != b[k]} == set(LADDER[name]), name
+    assert Embed(**EMBED_RECIPES["best"]) == Embed() == settings("--recipe=best")
+    for name, recipe in EMBED_RECIPES.items():
+        assert settings("--dim=8", f"--recipe={name}", "--seed=3") == Embed(**recipe, dim=8, seed=3)
+    typed = settings("--time=False", "--recipe=baseline")
+    assert typed == Embed(**{**EMBED_RECIPES["baseline"], "time": False})
 
 
-@pytest.mark.parametrize("args", ["--predict=eps", "--weight=simple", "--predict=x0 --weight=simple", "--weight=diffusion-lm", "--low=9"])
+@pytest.mark.parametrize("args", ["--predict=eps", "--loss=simple", "--predict=x0 --loss=simple",
+                                  "--loss=diffusion-lm", "--table=t.txt --table_init=free"])
 def test_what_does_not_go_together_is_one_line(args):
-    with pytest.raises(SystemExit, match="does not go with|needs predict|low="):
-        parse(args.split(), Embed())
+    with pytest.raises(SystemExit, match="has loss=|need predict=tokens|needs table_init"):
+        settings(*args.split())
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("recipe", EMBED)
-def test_every_parameter_gets_a_gradient_and_only_a_learned_table_moves(recipe, half, monkeypatch):
+@pytest.mark.parametrize("recipe", EMBED_RECIPES)
+def test_every_recipe_trains_and_writes_and_only_a_learned_table_moves(recipe, half, monkeypatch):
     """In fp16 with a scaler, which begins where training's does, too."""
     if half:
         monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", torch.float16))
     reseed(0)
-    m, scaler = build(tiny(recipe), ABC), torch.amp.GradScaler("cpu", enabled=half)
-    before, opt = m.rows.detach().clone(), torch.optim.AdamW(m.parameters(), 1e-2)
+    c = tiny(recipe)
+    m = build(c, ABC)
+    before = m.table.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", enabled=half)
+    opt = torch.optim.AdamW(m.parameters(), 1e-2)
     for _ in range(6):
         opt.zero_grad()
         scaler.scale(m(torch.randint(8, (16, 12)))).backward()
         scaler.step(opt)
         scaler.update()
-    assert not [n for n, p in m.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
-    assert torch.equal(before, m.rows) != EMBED[recipe]["learned"] and "rows" in m.state_dict()
-    if EMBED[recipe]["rows"] == "unit":
-        assert torch.allclose(m.table.norm(dim=1), torch.full((8,), EMBED[recipe]["norm"]), atol=1e-5)
-    if recipe == "baseline":
-        assert m.table.std().item() == pytest.approx(.02, rel=.3)
+    for name, p in m.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+    assert torch.equal(before, m.table) != c.train_table
+    if c.table_init == "unit":
+        assert torch.allclose(m.table.norm(dim=1), torch.full((8,), c.row_norm), atol=1e-5)
+    else:
+        std = 0.02 if c.table_init == "small" else 1
+        assert before.std().item() == pytest.approx(std, rel=0.3)
+    assert any("table" in name for name in m.state_dict())
+    x0 = torch.randint(8, (4, 12))
+    assert m.bound(x0, torch.rand(4), range(4))[0].isfinite().all()
+    *_, (y, p) = m.sample(x0, x0 < 3, EmbedSampler(steps=2))
+    assert torch.equal(y[x0 < 3], x0[x0 < 3]) and (p <= 1 + 1e-6).all() and (p >= 0).all()
 
 
 @pytest.mark.parametrize("recipe", ["baseline", "orderless"])
 def test_a_network_without_positions_cannot_tell_the_order(recipe):
-    m, other = alive(build(tiny(recipe), ABC)), alive(build(tiny(recipe, positions=True), ABC))
-    z, gamma, turn = torch.randn(3, 12, 6).double(), torch.zeros(3, 1).double(), torch.randperm(12)
-    nothing = z.new_zeros(3, 12, 0)
-    same = lambda m: torch.allclose(m.guess(z, gamma, nothing)[0][:, turn], m.guess(z[:, turn], gamma, nothing)[0], rtol=.02, atol=.02)
-    assert same(m) and not same(other)
+    z = torch.randn(3, 12, 6).double()
+    gamma = torch.zeros(3, 1).double()
+    turn = torch.randperm(12)
+    for use_positions in (False, True):
+        m = build(tiny(recipe, use_positions=use_positions), ABC).eval()
+        reseed(1)
+        for p in m.net.parameters():
+            nn.init.normal_(p, std=0.3)
+        turned = m.predict_x0(z[:, turn], gamma)
+        same = torch.allclose(m.predict_x0(z, gamma)[:, turn], turned, rtol=0.02, atol=0.02)
+        assert same != use_positions
 
 
 @pytest.mark.parametrize("recipe", ["prior", "turns", "best", "orderless"])
 def test_an_untrained_network_with_the_prior_has_the_bound_log_V(recipe):
     m = build(tiny(recipe), ABC).eval()
-    e = train.evaluate(m, torch.randint(8, (800, 12), generator=torch.Generator().manual_seed(0)), 8)
-    assert e["bound"] == pytest.approx(math.log(8), abs=4 * e["stderr"] + .02)
+    x0 = torch.randint(8, (800, 12), generator=torch.Generator().manual_seed(0))
+    e = train.evaluate(m, x0, 8)
+    assert e["bound"] == pytest.approx(math.log(8), abs=4 * e["stderr"] + 0.02)
 
 
-@pytest.mark.parametrize("predict", ["eps", "x0", "tokens"])
+# ---- rounding, losses
+
+@pytest.mark.parametrize("recipe", ["unit", "x0", "learned"])
 @pytest.mark.parametrize("rounding", ["learned", "cosine", "clamp"])
-def test_oracles_write_their_text_by_every_rounding(predict, rounding):
+def test_oracles_write_their_text_by_every_rounding(recipe, rounding):
+    """Of networks that predict eps, x0 and tokens."""
     x0 = torch.randint(8, (3, 12))
-    recipe = {"eps": "unit", "x0": "x0", "tokens": "learned"}[predict]
     m = build(tiny(recipe), ABC)
 
     class Oracle(nn.Module):
         def forward(self, x, t):
-            z, (a, s) = x.double(), scales(m.ends[0] + t.double() * (m.ends[1] - m.ends[0]))
-            return {"eps": (z - a * m.table[x0]) / s, "x0": m.table[x0], "tokens": 1e4 * F.one_hot(x0, 8)}[predict].float()
+            a, s = alpha_sigma(m.gamma_min + t.double() * (m.gamma_max - m.gamma_min))
+            row = m.table[x0]
+            out = {"eps": (x - a * row) / s, "x0": row, "tokens": 1e4 * F.one_hot(x0, 8)}
+            return out[m.predict].float()
 
     m.net = Oracle()
     for sampler in ("ddim", "ancestral"):
-        *_, (y, _) = m.sample(torch.zeros_like(x0), torch.zeros(3, 12) > 0, EmbedSampler(steps=4, sampler=sampler, rounding=rounding))
+        s = EmbedSampler(steps=4, sampler=sampler, rounding=rounding)
+        *_, (y, _) = m.sample(x0 * 0, x0 < 0, s)
         assert torch.equal(y, x0)
 
 
 def test_roundings_by_hand():
     m = build(tiny("diffusion-lm"), ABC)
     xhat = torch.randn(2, 12, 6).double()
-    p = torch.randn(2, 12, 1, 8).softmax(-1)
-    how = lambda r: m.rounded(xhat, p, EmbedSampler(rounding=r))
-    assert how("learned")[0] is xhat and how("learned")[1] is p
-    nearest = (xhat[:, :, None].float() - m.table).square().sum(-1).argmin(-1)        # of rows that differ in length, not the likeliest
-    assert torch.equal(how("clamp")[0], m.table[nearest].double()) and how("clamp")[1] is p
+    p = torch.randn(2, 12, 8).softmax(-1)
+    x, q = m.round(xhat, p, "learned")
+    assert x is xhat and q is p
+    # of rows that differ in length the nearest, not the likeliest, when numbers are predicted
+    nearest = (xhat[:, :, None].float() - m.table).square().sum(-1).argmin(-1)
     assert (nearest != (xhat.float() @ m.table.T).argmax(-1)).any()
+    x, q = m.round(xhat, p, "clamp")
+    assert torch.equal(x, m.table[nearest].double()) and q is p
     tokens = build(tiny(), ABC)
-    assert torch.equal(tokens.rounded(xhat, p, EmbedSampler(rounding="clamp"))[0], tokens.table[p.argmax(-1)[..., 0]].double())
-    x, cosine = how("cosine")
-    assert x is xhat and torch.equal(cosine.argmax(-1)[..., 0], F.cosine_similarity(xhat[:, :, None].float(), m.table, dim=-1).argmax(-1))
-    by_default = [build(tiny(r), ABC).rounded(xhat, p, EmbedSampler())[1] is p for r in ("baseline", "x0", "diffusion-lm", "best")]
-    assert by_default == [False, False, True, True]                                   # nothing has taught the first two to round
-    far = m.table * torch.linspace(1, 9, 8)[:, None]                                  # the angle does not care how long a row is
-    assert torch.equal(m.rounded(far[None].double(), p[:1, :8], EmbedSampler(rounding="cosine"))[1].argmax(-1).flatten(), torch.arange(8))
+    x, _ = tokens.round(xhat, p, "clamp")
+    assert torch.equal(x, tokens.table[p.argmax(-1)].double())
+    x, q = m.round(xhat, p, "cosine")
+    angle = F.cosine_similarity(xhat[:, :, None].float(), m.table, dim=-1)
+    assert x is xhat and torch.equal(q.argmax(-1), angle.argmax(-1))
+    assert torch.allclose(q.sum(-1), angle.amax(-1).clamp(0, 1), atol=1e-6)
+    # nothing has taught the first two to round
+    for recipe, learned in (("baseline", 0), ("x0", 0), ("diffusion-lm", 1), ("best", 1)):
+        assert (build(tiny(recipe), ABC).round(xhat, p, "")[1] is p) == learned
 
 
 def test_diffusion_lm_is_its_three_terms():
-    """With f = 0: |x|^2 + |alpha_T x|^2 + CE(x C^T), x = C + .121 eps; the rounding term has a gradient for the table, none for the network."""
+    """With f = 0: |x|^2 + |alpha_T x|^2 + CE(x C^T), x = C + 0.121 eps."""
     reseed(0)
-    m, x0 = build(tiny("diffusion-lm", high=0.), ABC), torch.randint(8, (400, 12))    # alpha_T^2 = 1/2: its term is seen
+    m = build(tiny("diffusion-lm", gamma_max=0.0), ABC)    # alpha_T^2 = 1/2: its term is seen
+    x0 = torch.randint(8, (400, 12))
     loss = sum(m(x0).item() for _ in range(5)) / 5
-    aT, _ = scales(m.gamma(torch.ones(1, 1).double())[0])
-    x = (m.table[x0] + .121 * torch.randn(400, 12, 6)).detach()
-    truth = x.square().mean() * (1 + aT.item() ** 2) + F.cross_entropy((x @ m.table.T).flatten(0, 1), x0.flatten())
-    assert loss == pytest.approx(truth.item(), rel=.01)
+    x = (m.table[x0] + 0.121 * torch.randn(400, 12, 6)).detach()
+    rounding = F.cross_entropy((x @ m.table.T).flatten(0, 1), x0.flatten())
+    truth = x.square().mean() * 1.5 + rounding
+    assert loss == pytest.approx(truth.item(), rel=0.01)
 
 
 def test_fluency_is_the_expected_surprise_of_predicted_pairs():
-    m, x0 = build(tiny(fluency=2.), ABC).eval(), torch.randint(8, (5, 12))
-    m.pairs.copy_(torch.rand(8, 8) + .1)
-    surprise = -(m.pairs / m.pairs.sum(1, keepdim=True)).log()
-    certain = 100. * F.one_hot(x0, 8)[:, :, None].float()
-    assert m.regularizer(certain).item() == pytest.approx(2 * surprise[x0[:, :-1], x0[:, 1:]].mean().item(), rel=1e-4)
-    assert m.regularizer(0 * certain).item() == pytest.approx(2 * surprise.mean().item(), rel=1e-4)
+    m = build(tiny(fluency=2.0), ABC).eval()
+    train_ids = torch.tensor([0, 1, 0, 1, 7, 7], dtype=torch.uint8)
+    embed_diffusion.count_bigrams(m, SimpleNamespace(train=train_ids, tokenizer=ABC["alphabet"]))
+    counts = m.bigrams - 1
+    assert counts.sum() == 5 and counts[0, 1] == 2
+    assert counts[1, 0] == counts[1, 7] == counts[7, 7] == 1
+    x0 = torch.randint(8, (5, 12))
+    m.bigrams.copy_(torch.rand(8, 8) + 0.1)
+    surprise = -(m.bigrams / m.bigrams.sum(1, keepdim=True)).log()
+    certain = 100.0 * F.one_hot(x0, 8)
+    truth = 2 * surprise[x0[:, :-1], x0[:, 1:]].mean().item()
+    assert m.regularizer(certain).item() == pytest.approx(truth, rel=1e-4)
+    truth = 2 * surprise.mean().item()
+    assert m.regularizer(0 * certain).item() == pytest.approx(truth, rel=1e-4)
+    reseed(0)
+    loss = m(x0)
+    m.fluency = 0
+    reseed(0)
+    assert loss.item() - m(x0).item() == pytest.approx(truth, rel=0.05)   # untrained: uniform
     assert build(tiny(), ABC).regularizer(certain) == 0
 
 
-def test_fluency_counts_the_pairs_of_the_training_text():
-    data = SimpleNamespace(train=torch.tensor([0, 1, 0, 1, 7, 7], dtype=torch.uint8), alphabet="abcdefgh")
-    m = build(tiny(fluency=2.), ABC)
-    begin(m, data, tiny(fluency=2.))
-    counts = m.pairs - 1
-    assert counts.sum() == 5 and counts[0, 1] == 2 and counts[1, 0] == counts[1, 7] == counts[7, 7] == 1
+# ---- tables
+
+def write_rows(path, rows):
+    path.write_text("".join(f"{token} {' '.join(map(str, row))}\n" for token, row in rows.items()),
+                    encoding="utf-8")
+    return path
 
 
-def test_the_diagnosis_knows_nothing_where_the_network_does_not():
-    """Numbers that say nothing score the frequencies of the characters, whatever the scale of the table; the text itself scores 0."""
-    p = torch.tensor([.4, .2, .1, .1, .08, .06, .04, .02]).double()
-    x0 = torch.multinomial(p, 200 * 12, replacement=True, generator=torch.Generator().manual_seed(0)).view(200, 12)
-    for recipe in ("baseline", "x0"):
-        m = build(tiny(recipe), ABC).eval()
-        m.to_x = lambda out, z, a, s: torch.zeros_like(z)
-        nats, own = cross_entropy(m, x0, p, torch.Generator().manual_seed(0))
-        assert nats.mean().item() == pytest.approx(-p.log()[x0].mean().item(), abs=.01) and own.shape == x0.shape
-        m.to_x = lambda out, z, a, s: m.table[x0].double()                            # noqa: B023
-        assert cross_entropy(m, x0, p, torch.Generator().manual_seed(0))[0].mean() < .01
+@pytest.mark.parametrize("content", [
+    "a 1 2\nthe 9 9\n\u2581 -0.5 3e-2\n\\n 0 7\n",
+    "4 2\na 1 2 \nthe 9 9 9\n\u2581 -.5 .03 \n\\n 0 7",   # a heading, a space at the end of a line
+    "a 1 2\r\n\u2581 -5e-1 3e-2\r\n\\n 0 7\r\n"])
+def test_read_table(content, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(content.encode())
+    table = read_table(path, "ab \n")
+    assert {ch: row.tolist() for ch, row in table.items()} == {"a": [1, 2], " ": [-0.5, 0.03],
+                                                               "\n": [0, 7]}
+    assert all(row.dtype == torch.float64 for row in table.values())
 
 
-def test_what_a_character_tells_of_the_next():
-    order = torch.arange(4000).view(40, 100) % 2
-    assert tells(order) == pytest.approx(1, abs=.01)
-    assert abs(tells(torch.randint(2, (40, 100), generator=torch.Generator().manual_seed(0)))) < .01
+@pytest.mark.parametrize("content, line", [
+    ("a 1 2\nb 1\n", "is no table"), ("a 1 two\n", "is no table"), ("a nan 1\n", "not finite"),
+    ("a 1e999 1\n", "not finite"), ("", "no two different"), ("a 1 2\n", "no two different"),
+    ("a 0 0\nb 0 0\n", "no two different"), ("a 1 2\nb 1 2\n", "no two different"),
+    ("\x00\xff\n", "no two different")])
+def test_a_bad_table_is_one_line(content, line, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text(content, encoding="latin-1")
+    data = SimpleNamespace(tokenizer=CharTokenizer("abcdefgh"))
+    c = tiny(table=str(path))
+    with pytest.raises(SystemExit, match=line) as error:
+        embed_diffusion.load_table(build(c, ABC), data, c)
+    assert "\n" not in str(error.value)
 
 
-def test_train_diagnose_sample_and_resume(tmp_path):
+def test_principal_rows_keep_the_widest_directions():
+    torch.manual_seed(0)
+    wide = torch.tensor([9.0, 5.0, 2.0, 0.5, 0.1]).double()
+    x = 3 + torch.randn(40, 5).double() * wide
+    table = {chr(97 + i): row for i, row in enumerate(x)}
+    table["unused"] = torch.zeros(5).double()              # was never trained
+    centred = F.normalize(x - x.mean(0), dim=1)
+    for dim in (5, 8):                                     # all directions keep every angle
+        rows = torch.stack([*principal_rows(table, dim).values()])
+        assert rows.shape == (40, dim) and rows.dtype == torch.float32
+        assert torch.allclose(rows.double() @ rows.double().T, centred @ centred.T, atol=1e-5)
+        assert (rows[:, 5:] == 0).all()
+    few = torch.stack([*principal_rows(table, 2).values()]).double()
+    _, axes = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0)))
+    flat = F.normalize((x - x.mean(0)) @ axes[:, [4, 3]], dim=1)
+    assert torch.allclose(few @ few.T, flat @ flat.T, atol=1e-5)
+    assert "unused" not in principal_rows(table, 5)
+    at_the_mean = {"a": torch.tensor([2.0]), "b": torch.tensor([4.0]), "c": torch.tensor([3.0])}
+    assert principal_rows(at_the_mean, 1).keys() == {"a", "b"} and principal_rows({}, 3) == {}
+
+
+def test_a_table_leaves_the_network_as_it_would_be(tmp_path, capsys):
+    rows = {ch: torch.randn(6).tolist() for ch in "abcdefg"}
+    c = tiny(table=str(write_rows(tmp_path / "t.txt", rows)))
+    reseed(5)
+    plain = build(c, ABC).state_dict()
+    reseed(5)
+    m = build(c, ABC)
+    embed_diffusion.load_table(m, SimpleNamespace(tokenizer=CharTokenizer("abcdefgh")), c)
+    assert capsys.readouterr().out == f"{c.table} lacks 1 of 8 characters: 'h'\n"
+    state = m.state_dict()
+    assert all(torch.equal(v, plain[k]) for k, v in state.items() if k != KEY)
+    known = torch.stack([*principal_rows(read_table(c.table, "abcdefg"), 6).values()])
+    assert torch.allclose(state[KEY][:7], known, atol=1e-6)
+    assert torch.allclose(m.table[:7], c.row_norm * known, atol=1e-6)
+    assert torch.allclose(m.table[7].norm(), torch.tensor(c.row_norm))
+    assert not torch.equal(m.table[7], torch.zeros(6))
+
+
+@pytest.mark.parametrize("train_table", [False, True])
+def test_a_run_begins_with_its_table_and_reads_it_once(train_table, tmp_path, capsys):
+    torch.manual_seed(0)
+    tokens = [chr(i) for i in range(33, 127)] + ["\u2581", "\\n"]
+    path = write_rows(tmp_path / "t.txt", {token: torch.randn(20).tolist() for token in tokens})
+    out = tmp_path / "run"
+    embed_diffusion.main([*TINY, f"--table={path}", f"--train_table={train_table}", f"--out={out}"])
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    read = read_table(path, state["alphabet"])
+    known = torch.stack([*principal_rows(read, 16).values()])
+    place = [state["alphabet"].index(ch) for ch in read]
+    assert len(place) > 60
+    cosine = F.cosine_similarity(state["ema"][KEY][place], known)
+    assert cosine.mean() > 0.9 and torch.equal(state["ema"][KEY][place], known) != train_table
+    path.unlink()
+    embed_diffusion.main(["sample", f"--out={out}", "--steps=2"])
+    embed_diffusion.main(["--resume", f"--out={out}", "--max_iters=21"])
+    again = torch.load(out / "ckpt.pt", weights_only=True)
+    assert again["step"] == 21
+    assert torch.equal(again["model"][KEY], state["model"][KEY]) != train_table
+    with pytest.raises(FileNotFoundError):
+        embed_diffusion.main([*TINY, f"--table={path}", f"--out={tmp_path}/other"])
+
+
+# ---- the script
+
+def test_train_sample_and_resume(tmp_path, capsys):
     out = f"--out={tmp_path}/embed"
     r = run("embed_diffusion.py", *TINY, out)
-    for line in ("done: python embed_diffusion.py sample", "know-nothing line: 4", "of the predicted text", "table: norm 2.650", "samples: "):
-        assert line in r.stdout, r.stdout
+    assert "nats/char" in r.stdout and "done: python embed_diffusion.py sample" in r.stdout
     for how in ("--rounding=clamp", "--rounding=cosine", "--prompt=def {9} (self)"):
-        r = run("embed_diffusion.py", "sample", out, "--steps=3", how)
-        assert "3 network calls" in r.stderr and r.stdout.strip()
-    assert "def " in r.stdout and " (self)" in r.stdout
-    assert "which cannot change" in run("embed_diffusion.py", "--resume", "--recipe=baseline", out, code=1).stderr
-    r = run("embed_diffusion.py", "--resume", "--max_iters=130", out)
-    assert "max_iters: 120 -> 130" in r.stdout
-    r = run("embed_diffusion.py", *TINY, "--recipe=baseline", f"--out={tmp_path}/baseline", "--max_iters=20")
-    assert "nats/char" in r.stdout and "table: norm 0.0" in r.stdout
-    r = run("-m", "evaluation", f"--out={tmp_path}/embed,{tmp_path}/baseline", "--n=4", "--gaussian_steps=2",
-            "--judge=" + str(tmp_path / "none"), code=1)
-    assert "none" in r.stderr
+        embed_diffusion.main(["sample", out, "--steps=3", how])
+        shown = capsys.readouterr()
+        assert "3 network calls" in shown.err and shown.out.strip()
+    assert shown.out.startswith("def ") and shown.out.endswith(" (self)\n")
+    with pytest.raises(SystemExit, match="which cannot become"):
+        embed_diffusion.main(["--resume", "--recipe=baseline", out])
+    embed_diffusion.main(["--resume", "--max_iters=25", out])
+    assert "max_iters: 20 -> 25" in capsys.readouterr().out
+    embed_diffusion.main([*TINY, "--recipe=baseline", f"--out={tmp_path}/baseline"])
+    assert "nats/char" in capsys.readouterr().out
