@@ -7,6 +7,7 @@
 
 A checkpoint is a dict of tensors and plain Python: method, config, alphabet, data, step, ema.
 """
+import contextlib
 import os
 import secrets
 import sys
@@ -20,6 +21,7 @@ from config import DEVICE, HERE, RANK, check, parse, print0
 # the settings that --resume may change
 CHANGEABLE = ("dataset", "data_dir", "max_iters", "eval_interval", "compile", "batch_size",
               "grad_accum", "learning_rate", "weight_decay", "grad_clip", "ema", "dropout")
+FILES = ("ckpt.pt", "best.pt", "log.csv", "status", "samples.png")   # what a run may write
 
 
 class RunFolder:
@@ -51,7 +53,7 @@ class RunFolder:
         path = self.path / name
         part = path.with_suffix(".part")
         try:
-            if not self.path.exists():                      # renamed or removed: made again
+            if not (self.path / "status").exists():        # renamed or removed: made again
                 self.write_status(self.token)
             owner = (self.path / "status").read_text()
             check(owner == self.token, f"another process trains in {self.path}, so this one ends")
@@ -65,36 +67,45 @@ class RunFolder:
 
 def claim_folder(typed, name):
     """The folder of a new run: the one that is typed, else the first of out/name, out/name.1, ...
-    that holds no checkpoint. It is ours if we create its log.csv: only one process can."""
-    out = Path(typed or HERE / "out" / name)
+    that holds no run. It is ours if we create its log.csv: only one process can."""
+    default = HERE / "out" / name
+    out = Path(typed or default)
     n = 0
     while True:
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            if not any(out.glob("*.pt")):
+        if not any((out / file).exists() for file in FILES):
+            with contextlib.suppress(FileExistsError):     # another process was faster
                 (out / "log.csv").open("x").close()
-                return out
-        except FileExistsError:                            # another process was faster
-            pass
+                break
         check(not typed, f"{out} holds a run: --resume goes on with it, another --out begins anew")
         n += 1
-        out = HERE / "out" / f"{name}.{n}"
+        out = default.with_name(f"{name}.{n}")
+    if n:
+        print0(f"{default} holds a run, this one is in {out}")
+    return out
 
 
-def newest_run(name, finished):
-    """The newest of out/name, out/name.1, ... that is finished, or is not; None without one."""
-    found = [*HERE.glob(f"out/{name}/status"), *HERE.glob(f"out/{name}.*/status")]
-    runs = [status for status in found if (status.read_text() == "finished") == finished]
-    if runs:
-        return max(runs, key=os.path.getmtime).parent
+def newest_first(name, file):
+    """The paths of a file in out/name, out/name.1, ..."""
+    found = [*HERE.glob(f"out/{name}/{file}"), *HERE.glob(f"out/{name}.*/{file}")]
+    return sorted(found, key=os.path.getmtime, reverse=True)
+
+
+def is_finished(path):
+    status = path.with_name("status")
+    return status.exists() and status.read_text() == "finished"
 
 
 def find_checkpoint(typed, name):
-    """What to write with: the checkpoint typed, the newest finished run, or the one in results/."""
-    unfinished = newest_run(name, finished=False)
-    if unfinished and not typed:
-        print(f"{unfinished} is not finished; --out={unfinished} writes with it", file=sys.stderr)
-    return Path(typed or newest_run(name, finished=True) or HERE / f"results/{name}.pt")
+    """What to write with: the checkpoint typed, that of the newest finished run, or results/'s."""
+    if typed:
+        return Path(typed)
+    found = newest_first(name, "best.pt")
+    finished = [path for path in found if is_finished(path)]
+    if found[:1] != finished[:1]:
+        out = found[0].parent
+        print(f"{out} is newer, but not finished; --out={out} writes with it", file=sys.stderr)
+    return [*finished, HERE / f"results/{name}.pt"][0]
 
 
 def read_checkpoint(path, settings, methods):
@@ -140,9 +151,12 @@ def start_or_resume(argv, settings, methods, recipes=None):
     if not c.resume:
         return c, None
     name = typed.get("objective", methods[0])
-    out = c.out or newest_run(name, finished=False)
-    check(out, f"no run of {name} is unfinished: pass --out=FOLDER")
-    state = read_checkpoint(Path(out) / "ckpt.pt", settings, methods)
+    out = Path(c.out)
+    if not c.out:
+        found = [path for path in newest_first(name, "ckpt.pt") if not is_finished(path)]
+        check(found, f"no run of {name} is unfinished: pass --out=FOLDER")
+        out = found[0].parent
+    state = read_checkpoint(out / "ckpt.pt", settings, methods)
     for key, new in typed.items():
         old = state["config"].get(key)
         if new != old and key not in ("out", "resume"):

@@ -3,7 +3,7 @@ fit and evaluate are shared by every script that trains.   settings: config.Mask
 
     python train.py
     python train.py --dataset=my.txt --max_iters=2000
-    python train.py --resume                    # goes on where the run stopped, to the bit
+    python train.py --resume                    # goes on where it stopped; on a CPU, to the bit
     torchrun --nproc_per_node=2 train.py --grad_accum=2
 """
 import contextlib
@@ -30,12 +30,12 @@ from model import Transformer
 
 SETTINGS = Masked
 SAMPLER = Sample
-FIRST_EVAL = 100                                 # before anything is compiled
+FIRST_EVAL = 100                                 # an early sample; compiling waits for it
 LOG_COLUMNS = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]
 
 
 def build(c, meta):
-    """The method of a run, from its settings and its alphabet."""
+    """The module to train, MaskedDiffusion or Autoregressive, from settings and alphabet."""
     V = len(meta["alphabet"])
     embed = nn.Embedding(V + 1, c.n_embd)
     net = Transformer(c, embed, V, causal=c.objective == "ar")
@@ -105,7 +105,7 @@ def train_step(method, data, c, step, opts, scaler, stop):
 
 @torch.no_grad()
 def update_ema(ema, method, step, decay):
-    """Move ema 1 - decay of the way to method, in the first steps more."""
+    """ema <- decay * ema + (1 - decay) * method, with a smaller decay in the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(method.parameters()), 1 - decay)
 
@@ -115,8 +115,8 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
     """The bound on the windows val (W, T), each at `levels` stratified noise levels, with the same
     noise every time. -> dict: bound and stderr in nats per character, bits, windows (W,) float64;
     masked_ce, the mean over all masked tokens (no bound); fifths, mean nats by noise level."""
-    # a window has one noise level in each of `levels` equal parts of (0, 1], in all at the same
-    # place; the places of the windows are in turn one in each W-th, so that all of (0, 1] is used
+    # window w is evaluated at u = (i + place[w]) / levels, i = 0 .. levels - 1; the places of all
+    # windows are stratified too, one in each W-th of (0, 1]
     W = len(val)
     g = torch.Generator().manual_seed(seed)
     place = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W
@@ -171,7 +171,8 @@ class Progress:
 
 def fit(method, data, c, meta, show_sample, state=None):
     """Train method, an nn.Module whose forward(batch) is its loss; state: a checkpoint to go on
-    from. show_sample(ema, out) is called after every evaluation, out being the run's folder.
+    from. data: batch(n), val (W, T), T and unit; meta: what its checkpoints say beside the weights.
+    show_sample(ema, out) is called after every evaluation, out being the run's folder.
     -> that folder, or None if the run was stopped"""
     join_processes(c, meta)
     folder = RunFolder(c, meta, resumed=state is not None)
@@ -198,13 +199,12 @@ def fit(method, data, c, meta, show_sample, state=None):
     stop = StopSignal()
     stopping = False
     start_time = time.perf_counter() - progress.seconds
-    lap = progress.step, time.perf_counter()
     # disable=None: shown in a terminal only
     bar = tqdm(total=c.max_iters, initial=progress.step, disable=RANK > 0 or None)
     while progress.step < c.max_iters and not stopping:
         if progress.step == compile_at:
             compile_net(method, data, c)
-            lap = progress.step, time.perf_counter()
+            start_time = time.perf_counter() - progress.seconds
 
         # one step
         loss, stopping = train_step(method, data, c, progress.step, opts, scaler, stop.requested)
@@ -215,7 +215,7 @@ def fit(method, data, c, meta, show_sample, state=None):
         progress.loss_count += 1
         bar.update()
 
-        # look at the loss only every ten steps: a GPU has to be waited for
+        # every ten steps: reading the loss and all weights takes time
         evaluating = progress.step % c.eval_interval == 0
         evaluating = evaluating or progress.step in (FIRST_EVAL, c.max_iters)
         if progress.step % 10 and not evaluating and not stopping:
@@ -228,7 +228,7 @@ def fit(method, data, c, meta, show_sample, state=None):
         if RANK > 0 or not (evaluating or stopping):
             continue
         if evaluating:
-            log_evaluation(ema, data, c, folder, progress, mean_loss, lap)
+            log_evaluation(ema, data, c, folder, progress, mean_loss)
             progress.loss_sum = torch.zeros_like(loss)
             progress.loss_count = 0
         states = {name: part.state_dict() for name, part in parts.items()}
@@ -238,7 +238,7 @@ def fit(method, data, c, meta, show_sample, state=None):
         if evaluating:
             with not_fatal("the sample"):
                 show_sample(ema, folder.path)
-            lap = progress.step, time.perf_counter()
+            start_time = time.perf_counter() - progress.seconds        # only steps count
 
     bar.close()
     stop.restore()
@@ -252,17 +252,24 @@ def fit(method, data, c, meta, show_sample, state=None):
     return folder.path
 
 
+def fit_text(method, data, c, meta, s, state):
+    """fit, with a block of text as the sample: by the sampler s, from the same noise every time."""
+    def show_sample(ema, out):
+        reseed(c.seed)
+        x = torch.zeros(1, c.block_size, dtype=torch.long, device=DEVICE)
+        nothing_known = torch.zeros_like(x, dtype=torch.bool)
+        *_, (x, confidence) = ema.sample(x, nothing_known, s)
+        print0(data.tokenizer.paint(x[0].tolist(), confidence[0].tolist()))
+    return fit(method, data, c, meta, show_sample, state)
+
+
 def main(argv):
     c, state = start_or_resume(argv, Masked, ["masked", "ar"])
     data = Text(c)
     reseed(c.seed)
     method = build(c, data.meta)
-
-    def show_sample(ema, out):
-        show_text(ema, data, c, Sample(steps=64))
-
     meta = {"method": c.objective, "script": "train", **data.meta}
-    out = fit(method, data, c, meta, show_sample, state)
+    out = fit_text(method, data, c, meta, Sample(steps=64), state)
     if out:
         print0(f"done: python generate.py --out={out}")
 
@@ -270,18 +277,21 @@ def main(argv):
 # -------------------------------------------------------------------------------------------------
 # what the first process reports and saves
 
-def log_evaluation(ema, data, c, folder, progress, mean_loss, lap):
-    """Print the bound of the averaged weights, add it to the log, and save the best of them.
-    lap: step and time of the last evaluation's end."""
-    step, start_time = lap
-    n = (progress.step - step) * c.grad_accum * c.batch_size * data.T
-    speed = n / (time.perf_counter() - start_time)
+def log_evaluation(ema, data, c, folder, progress, mean_loss):
+    """Print the bound of the averaged weights, add it to the log, and save the best of them."""
+    last_step = 0
+    last_seconds = 0.0
+    if progress.log:
+        last_step, last_seconds = progress.log[-1][:2]
+    n = (progress.step - last_step) * c.grad_accum * c.batch_size * data.T
+    speed = n / max(progress.seconds - last_seconds, 1e-9)
     e = evaluate(ema, *eval_subset(data.val, c, ema))
     print0(f"step {progress.step} | loss {mean_loss:.3f} | {describe(e, ema, data.unit)} | "
            f"{speed:,.0f} {data.unit}s/s")
-    progress.log.append([progress.step, round(progress.seconds, 1), mean_loss, e["bound"],
+    progress.log.append([progress.step, round(progress.seconds, 3), mean_loss, e["bound"],
                          e["stderr"], e["bits"], e["masked_ce"], get_lr(progress.step - 1, c)])
-    if e["bound"] < progress.best_bound or not ema.early_stopping:
+    is_best = e["bound"] < progress.best_bound or not ema.early_stopping
+    if is_best or not (folder.path / "best.pt").exists():
         progress.best_bound = e["bound"]
         folder.save("best.pt", {"step": progress.step, "ema": ema.state_dict()})
 
@@ -314,23 +324,16 @@ def evaluate_best(ema, data, folder):
     best = torch.load(folder.path / "best.pt", map_location=DEVICE, weights_only=True)
     ema.load_state_dict(best["ema"])
     e = evaluate(ema, data.val, ema.eval_levels)
-    folder.save("best.pt", {**best, "bound": e["bound"], "stderr": e["stderr"]})
+    folder.save("best.pt", {"step": best["step"], "ema": best["ema"], "bound": e["bound"],
+                            "stderr": e["stderr"]})
     folder.write_status("finished")
     print0(f"best weights, of step {best['step']}, over the whole validation split: "
            f"{describe(e, ema, data.unit)}")
 
 
-def show_text(ema, data, c, s):
-    """Print a block of text, from the same noise every time."""
-    reseed(c.seed)
-    x = torch.zeros(1, c.block_size, dtype=torch.long, device=DEVICE)
-    nothing_known = torch.zeros_like(x, dtype=torch.bool)
-    *_, (x, confidence) = ema.sample(x, nothing_known, s)
-    print0(data.tokenizer.paint(x[0].tolist(), confidence[0].tolist()))
-
-
 def eval_subset(val, c, method):
-    """Evenly spaced windows of val and levels, for about a twentieth of the run's time."""
+    """Evenly spaced windows of val and levels: a tenth of the rows that one process trained on
+    since the last evaluation, for a twentieth of the time, as there is no backward pass."""
     levels = min(4, method.eval_levels)
     passes = c.eval_interval * c.batch_size * c.grad_accum // WORLD_SIZE // 10
     n = min(len(val), max(2, passes // levels))
@@ -353,19 +356,20 @@ def describe(e, method, unit):
 # signals, processes, the compiler
 
 class StopSignal:
-    """The first Ctrl-C, SIGTERM or SIGHUP lets the step finish and saves, the second ends it."""
+    """Ctrl-C, SIGTERM or SIGHUP lets the step finish and saves; a second Ctrl-C ends it."""
 
     def __init__(self):
         self.requested = False
         self.previous = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):                                  # Windows has no SIGHUP
-                number = getattr(signal, name)
+        for number in signal.Signals:
+            stops = number.name in ("SIGINT", "SIGTERM", "SIGHUP")     # Windows has no SIGHUP
+            if stops and signal.getsignal(number) != signal.SIG_IGN:   # nohup ignores it
                 self.previous[number] = signal.signal(number, self.request)
 
-    def request(self, *_):
+    def request(self, number, _):
         self.requested = True
-        self.restore()
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def restore(self):
         for number, handler in self.previous.items():
@@ -391,20 +395,18 @@ def all_reduce(method, loss, stop):
     """Sum gradients, loss and the wish to stop over all processes, in one message."""
     grads = [p.grad for p in method.parameters()]
     flags = torch.stack([loss, torch.full_like(loss, stop)])
-    flat = torch.cat([*(g.flatten() for g in grads), flags])
+    flat = torch.cat([nn.utils.parameters_to_vector(grads), flags])
     try:
         dist.all_reduce(flat)
     except RuntimeError:
         raise SystemExit("another process has ended, so this one does") from None
-    sums = flat[:-2].split([g.numel() for g in grads])
-    for g, total in zip(grads, sums, strict=True):
-        g.copy_(total.view_as(g))
+    nn.utils.vector_to_parameters(flat[:-2], grads)
     return flat[-2], flat[-1].item() > 0
 
 
 def compile_net(method, data, c):
     """Compile the network in place, or go on without where that fails (no C++ compiler)."""
-    # else the compiled gradient of an embedding is summed in any order
+    # so that resuming is exact: a compiled gradient of an embedding sums in any order
     torch.use_deterministic_algorithms(DEVICE == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:

@@ -1,338 +1,393 @@
-"""The loop: resuming, kill -9, several processes, what is written and what is kept."""
-import csv
+"""The loop: the step, the moving average, resuming, several processes, the compiler, NaNs."""
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import (
+    TINY, assert_same_run, end, last_line, read_log, read_state, start, tensors)
 
 import train
-from config import Masked
+from checkpoint import load
+from config import Masked, parse
 from data import Text
 
-ROOT = Path(__file__).parent.parent
-TINY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=4", "--warmup_iters=2", "--dropout=0.1"]
+
+def tiny(corpus, *typed):
+    return Masked(**parse([corpus, *TINY, *typed], Masked))
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(f"{i * i} is the square of {i}.\n" for i in range(400)), encoding="utf-8")
-    return f"--dataset={path}"
-
-
-def shell(*args, env=None, **k):
-    return subprocess.Popen([sys.executable, *args], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **k)
-
-
-def log(out):
-    with open(out / "log.csv", encoding="utf-8") as f:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(f)]
-
-
-def weights(out):
-    state = torch.load(out / "ckpt.pt", weights_only=True)
-    return [*state["model"].values(), *state["ema"].values(), *(v for o in state["optimizers"] for s in o["state"].values() for v in s.values())]
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
-
-
-@pytest.mark.parametrize("how", ["--optimizer=muon", "--optimizer=adamw", "--objective=ar"])
-def test_resume_is_the_straight_run_bit_for_bit(corpus, tmp_path, how):
-    """Stopped by a signal at a step that is no evaluation's, resumed: weights, moving average, optimizer state and log are the same."""
-    args = [corpus, *TINY, "--max_iters=23", "--eval_interval=5", how]
-    train.main([*args, f"--out={tmp_path}/straight"])
-    stop_at(13, args + [f"--out={tmp_path}/cut"])
-    assert torch.load(tmp_path / "cut/ckpt.pt", weights_only=True)["step"] == 14
-    train.main(["--resume", f"--out={tmp_path}/cut"])
-    assert same(tmp_path / "straight", tmp_path / "cut")
-    assert log(tmp_path / "straight") == log(tmp_path / "cut") and len(log(tmp_path / "cut")) == 5
-
-
-def stop_at(step, args):
-    """train.main, which gets a SIGTERM after that many steps."""
+def after_step(monkeypatch, step, do):
+    """Call do(method) when training has taken that many steps."""
     honest = train.train_step
 
-    def step_and_signal(method, data, c, i, *rest):
+    def train_step(method, data, c, i, *rest):
         result = honest(method, data, c, i, *rest)
         if i + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            do(method)
         return result
 
-    train.train_step = step_and_signal
-    try:
-        train.main(args)
-    finally:
-        train.train_step = honest
+    monkeypatch.setattr(train, "train_step", train_step)
+
+
+# -------------------------------------------------------------------------------------------------
+# a step
+
+def test_the_rate_rises_holds_and_falls_to_zero():
+    c = Masked(warmup_iters=9, max_iters=100, learning_rate=1.0)
+    rates = [train.get_lr(i, c) for i in range(100)]
+    assert rates[:9] == pytest.approx([(i + 1) / 10 for i in range(9)])
+    assert set(rates[9:51]) == {1.0}
+    assert rates[50:] == pytest.approx([2 - i / 50 for i in range(50, 100)])
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(corpus, optimizer):
+    c = tiny(corpus, f"--optimizer={optimizer}")
+    method = train.build(c, Text(c).meta)
+    groups = [[id(p) for g in opt.param_groups for p in g["params"]]
+              for opt in train.build_optimizers(method, c)]
+    assert sorted(sum(groups, [])) == sorted(id(p) for p in method.parameters())
+    blocks = method.net.blocks.parameters()
+    muon = {id(p) for p in blocks if p.ndim == 2 and min(p.shape) >= 16}   # not the convolution
+    assert muon
+    if optimizer == "adamw":
+        assert len(groups) == 1
+    else:
+        assert set(groups[1]) == muon
+
+
+@pytest.mark.parametrize("clip", [0.01, 0.0])
+def test_under_a_scaler_the_step_is_the_step_without_it(corpus, clip):
+    """A gradient is unscaled first and then clipped: with grad_clip=0.01 it is cut by far."""
+    c = tiny(corpus, f"--grad_clip={clip}", "--dropout=0", "--warmup_iters=0")
+    data = Text(c)
+    stepped = []
+    for enabled in (False, True):
+        train.reseed(1)
+        method = train.build(c, data.meta)
+        opts = train.build_optimizers(method, c)
+        sizes = []
+
+        def look(opt, *_, sizes=sizes):
+            for group in opt.param_groups:
+                sizes.extend(p.grad.norm() for p in group["params"])
+
+        for opt in opts:
+            opt.register_step_pre_hook(look)
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=2.0 ** 10)
+        train.train_step(method, data, c, 0, opts, scaler, False)
+        stepped.append((torch.stack(sizes).norm().item(), [*method.parameters()]))
+    (size, plain), (scaled_size, scaled) = stepped
+    if clip:
+        assert size == pytest.approx(clip, rel=1e-3)
+    else:
+        assert size > 0.1
+    assert scaled_size == pytest.approx(size, rel=1e-4)
+    for a, b in zip(plain, scaled, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_an_overflow_in_fp16_skips_every_optimizer(corpus):
+    """One bad gradient, in a parameter of AdamW: nothing moves, Muon's matrices included, and the
+    scale backs off."""
+    c = tiny(corpus)
+    data = Text(c)
+    method = train.build(c, data.meta)
+    opts = train.build_optimizers(method, c)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    for step in range(3):
+        train.train_step(method, data, c, step, opts, scaler, False)
+    before = [p.clone() for p in method.parameters()]
+    for bad in (math.inf, math.nan):
+        scale = scaler.get_scale()
+        hook = method.net.head.weight.register_hook(lambda g, bad=bad: g * bad)
+        train.train_step(method, data, c, 3, opts, scaler, False)
+        hook.remove()
+        assert scaler.get_scale() < scale
+        for a, b in zip(before, method.parameters(), strict=True):
+            assert torch.equal(a, b)
+    train.train_step(method, data, c, 4, opts, scaler, False)
+    for a, b in zip(before, method.parameters(), strict=True):
+        assert not torch.equal(a, b)
+
+
+def test_two_micro_batches_are_the_mean_of_both(corpus):
+    """The gradient and the loss of grad_accum=2 are the means over its micro-batches, each of a
+    seed of its own."""
+    c = tiny(corpus, "--grad_accum=2", "--grad_clip=0")
+    data = Text(c)
+    method = train.build(c, data.meta)
+    for p in method.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    losses = []
+    for i in range(2):
+        train.reseed(c.seed, 5, i)
+        losses.append(method(data.batch(c.batch_size)))
+    expected = torch.autograd.grad(sum(losses) / 2, [*method.parameters()])
+    seen = []
+
+    def look(*_):
+        if not seen:
+            seen.extend(p.grad.clone() for p in method.parameters())
+
+    opts = train.build_optimizers(method, c)
+    for opt in opts:
+        opt.register_step_pre_hook(look)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    total, _ = train.train_step(method, data, c, 5, opts, scaler, False)
+    assert losses[0] != losses[1]
+    assert total.item() == pytest.approx(sum(losses).item() / 2, rel=1e-6)
+    for a, b in zip(expected, seen, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_the_average_is_the_average_and_no_graph(corpus, tmp_path, monkeypatch):
+    c = tiny(corpus, "--max_iters=4", f"--out={tmp_path}/run")
+    data = Text(c)
+    meta = {"method": "masked", **data.meta}
+    method = train.build(c, meta)
+    average = [p.detach().clone() for p in method.parameters()]
+    shown = []
+    honest = train.update_ema
+
+    def update_ema(ema, method, step, decay):
+        honest(ema, method, step, decay)
+        for a, p in zip(average, method.parameters(), strict=True):
+            a.lerp_(p.detach(), 1 - min(c.ema, (1 + step) / (10 + step)))
+
+    monkeypatch.setattr(train, "update_ema", update_ema)
+    out = train.fit(method, data, c, meta, lambda ema, out: shown.append((ema, out)))
+    (ema, shown_in), = shown                               # one evaluation, at the last step
+    assert shown_in == out == tmp_path / "run"
+    assert not ema.training
+    assert not any(p.requires_grad or p.grad_fn for p in ema.parameters())
+    for a, b in zip(average, read_state(out, "best.pt")["ema"].values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------
+# resuming
+
+@pytest.mark.parametrize("how", ["--optimizer=muon", "--optimizer=adamw", "--objective=ar"])
+def test_resume_is_the_straight_run_to_the_bit(corpus, tmp_path, monkeypatch, how):
+    """Stopped by a signal at a step without evaluation, then resumed: weights, moving average,
+    optimizer state and log are the same."""
+    args = [corpus, *TINY, "--max_iters=23", "--eval_interval=5", how]
+    train.main([*args, f"--out={tmp_path}/straight"])
+    with monkeypatch.context() as patch:
+        after_step(patch, 13, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        train.main([*args, f"--out={tmp_path}/cut"])
+    assert read_state(tmp_path / "cut")["step"] == 14
+    assert [row["step"] for row in read_log(tmp_path / "cut")] == ["5", "10"]
+    train.main(["--resume", f"--out={tmp_path}/cut"])
+    assert_same_run(tmp_path / "straight", tmp_path / "cut")
+    assert [row["step"] for row in read_log(tmp_path / "cut")] == ["5", "10", "15", "20", "23"]
 
 
 def test_evaluating_more_often_changes_no_weight(corpus, tmp_path):
     for interval in (3, 7):
-        train.main([corpus, *TINY, "--max_iters=10", f"--eval_interval={interval}", f"--out={tmp_path}/{interval}"])
-    assert same(tmp_path / "3", tmp_path / "7")
-
-
-def test_kill_9_at_any_moment_loses_nothing(corpus, tmp_path):
-    """Killed again and again while it steps, evaluates and saves (every third step), the run ends as the straight one does."""
-    args = [corpus, *TINY, "--max_iters=240", "--eval_interval=3"]
-    straight = shell("train.py", *args, f"--out={tmp_path}/straight")
-    p = shell("train.py", *args, f"--out={tmp_path}/killed")
-    kills = 0
-    while kills < 4:
-        ckpt = tmp_path / "killed/ckpt.pt"
-        before, deadline = ckpt.stat().st_mtime_ns if ckpt.exists() else 0, time.time() + 60
-        while not (ckpt.exists() and ckpt.stat().st_mtime_ns > before) and time.time() < deadline:
-            time.sleep(.01)
-        time.sleep(.037 * kills)
-        assert p.poll() is None, p.stdout.read()
-        p.kill()
-        p.wait()
-        kills += 1
-        p = shell("train.py", "--resume", f"--out={tmp_path}/killed")
-    out = p.communicate(timeout=120)[0]
-    assert p.returncode == 0 and "done" in out, out
-    assert straight.wait(timeout=120) == 0
-    assert same(tmp_path / "straight", tmp_path / "killed") and log(tmp_path / "straight") == log(tmp_path / "killed")
-
-
-@pytest.mark.parametrize("script", ["train.py", "embed_diffusion.py --fluency=1"])
-def test_two_processes_equal_one(script, corpus, tmp_path):
-    args = [*script.split(), corpus, *TINY, "--max_iters=6", "--eval_interval=3", "--grad_accum=2"]
-    one = shell(*args, f"--out={tmp_path}/one")
-    two = shell("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", *args, f"--out={tmp_path}/two")
-    for p in (one, two):
-        out = p.communicate(timeout=120)[0]
-        assert p.returncode == 0, out
-    worst = max((a - b).abs().max().item() for a, b in zip(weights(tmp_path / "one"), weights(tmp_path / "two"), strict=True))
-    assert worst < 1e-6
-    assert [r["step"] for r in log(tmp_path / "two")] == ["3", "6"]
-    assert float(log(tmp_path / "two")[1]["bound"]) == pytest.approx(float(log(tmp_path / "one")[1]["bound"]), abs=1e-6)
-
-
-def test_three_micro_batches_do_not_fit_two_processes(corpus, tmp_path):
-    p = shell("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618", "train.py", corpus, *TINY, "--grad_accum=3",
-              f"--out={tmp_path}/three")
-    assert "grad_accum=3 is not a multiple of the 2 processes" in p.communicate(timeout=120)[0] and p.returncode
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path):
-    p = shell("train.py", corpus, *TINY, "--max_iters=100000", f"--out={tmp_path}/run")
-    while not (tmp_path / "run/ckpt.pt").exists():                   # the first report, at step 100
-        assert p.poll() is None, p.stdout.read()
-        time.sleep(.05)
-    p.send_signal(signal.SIGINT)
-    out = p.communicate(timeout=60)[0]
-    assert p.returncode == 0 and "--resume goes on" in out.splitlines()[-1] and "Traceback" not in out
-    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] > 100
-
-
-def test_a_fresh_run_moves_the_old_one_aside(corpus, tmp_path, capsys):
-    args = [corpus, *TINY, "--max_iters=2", f"--out={tmp_path}/run"]
-    for _ in range(3):
-        train.main(args)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
-    assert all((p / "ckpt.pt").exists() and (p / "best.pt").exists() for p in tmp_path.iterdir())
-    assert f"to go on with it: python train.py --resume --out={tmp_path}/run.2" in capsys.readouterr().out
+        train.main([corpus, *TINY, "--max_iters=10", f"--eval_interval={interval}",
+                    f"--out={tmp_path}/{interval}"])
+    a = read_state(tmp_path / "3")
+    b = read_state(tmp_path / "7")
+    for part in ("model", "ema", "AdamW", "Muon"):
+        for x, y in zip(tensors(a[part]), tensors(b[part]), strict=True):
+            assert torch.equal(x, y)
 
 
 def test_a_finished_run_goes_on_with_more_steps(corpus, tmp_path, capsys):
     train.main([corpus, *TINY, "--max_iters=3", f"--out={tmp_path}/run"])
     train.main(["--resume", "--max_iters=5", f"--out={tmp_path}/run"])
     assert "max_iters: 3 -> 5" in capsys.readouterr().out
-    assert [r["step"] for r in log(tmp_path / "run")] == ["3", "5"]
+    assert [row["step"] for row in read_log(tmp_path / "run")] == ["3", "5"]
 
 
-def test_a_nan_stops_with_step_and_rate_and_keeps_what_was_saved(corpus, tmp_path, monkeypatch):
-    honest = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda m, d, c, i, *r: (honest(m, d, c, i, *r)[0] * (math.nan if i == 7 else 1), False))
-    with pytest.raises(SystemExit, match="is no number, at step 10, learning rate .*try a lower --learning_rate"):
-        train.main([corpus, *TINY, "--max_iters=20", "--eval_interval=5", f"--out={tmp_path}/run"])
-    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == 5
-
-
-def test_nan_weights_are_never_saved(corpus, tmp_path, monkeypatch):
-    honest = train.train_step
-
-    def poison(method, data, c, i, *rest):
-        result = honest(method, data, c, i, *rest)
-        if i == 9:
-            next(method.parameters()).data.fill_(math.nan)
-        return result
-
-    monkeypatch.setattr(train, "train_step", poison)
-    with pytest.raises(SystemExit, match="is no number, at step 10"):
-        train.main([corpus, *TINY, "--max_iters=20", "--eval_interval=5", f"--out={tmp_path}/run"])
-    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
-    assert state["step"] == 5 and all(v.isfinite().all() for v in state["model"].values())
-
-
-def test_an_overflow_in_fp16_skips_every_optimizer(corpus):
-    """One bad gradient, in a parameter of AdamW: nothing moves, Muon's matrices included, and the scale backs off."""
-    c = Masked(dataset=corpus.split("=")[1], n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=4)
-    data = Text(c)
-    method = train.build(c, data.meta)
-    opts, scaler, stop = train.optimizers(method, c), torch.amp.GradScaler("cpu", enabled=True), SimpleNamespace(asked=False)
-    for step in range(3):
-        train.train_step(method, data, c, step, opts, scaler, stop)
-    before, scale = [p.clone() for p in method.parameters()], scaler.get_scale()
-    for bad in (math.inf, math.nan):
-        hook = method.net.head.weight.register_hook(lambda g, bad=bad: g * bad)
-        train.train_step(method, data, c, 3, opts, scaler, stop)
-        hook.remove()
-        assert all(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True)) and scaler.get_scale() < scale
-    train.train_step(method, data, c, 4, opts, scaler, stop)
-    assert not any(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
-
-
-def test_the_average_is_the_average_and_no_graph(corpus, tmp_path, monkeypatch):
-    seen = []
-    honest = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda m, *r: (honest(m, *r), seen.append([p.detach().clone() for p in m.parameters()]))[0])
-    c = train.parse([corpus, *TINY, "--max_iters=4", f"--out={tmp_path}/run"], Masked())
-    data = Text(c)
-    meta = {"method": "masked", **data.meta}
-    method = train.build(c, meta)
-    average = [p.detach().clone() for p in method.parameters()]
-    ema = train.fit(method, data, c, meta)
-    assert not any(p.requires_grad or p.grad_fn for p in ema.parameters())
-    for step, now in enumerate(seen):
-        decay = min(c.ema, (1 + step) / (10 + step))
-        average = [decay * a + (1 - decay) * w for a, w in zip(average, now, strict=True)]
-    assert all(torch.allclose(a, e, atol=1e-6) for a, e in zip(average, ema.parameters(), strict=True))
-
-
-def test_killed_in_the_last_evaluation_a_run_can_still_be_ended(corpus, tmp_path, monkeypatch, capsys):
-    honest = train.evaluate
-
-    def killed(method, val, levels, **k):
-        if levels == method.levels:
-            raise KeyboardInterrupt
-        return honest(method, val, levels, **k)
-
-    monkeypatch.setattr(train, "evaluate", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([corpus, *TINY, "--max_iters=4", f"--out={tmp_path}/run"])
-    monkeypatch.undo()
-    train.main(["--resume", f"--out={tmp_path}/run"])
-    assert "over the whole validation split" in capsys.readouterr().out and "bound" in torch.load(tmp_path / "run/best.pt", weights_only=True)
-
-
-def test_a_second_run_in_the_same_folder_stops_the_first(corpus, tmp_path):
-    """Each keeps what is its own: the first run's checkpoints move aside whole, and it stops at its next save."""
-    args = ["train.py", corpus, *TINY, "--max_iters=100000", "--eval_interval=100", f"--out={tmp_path}/run"]
-    first = shell(*args)
-    while not (tmp_path / "run/ckpt.pt").exists():
-        time.sleep(.05)
-    second = shell(*args)
-    out = first.communicate(timeout=60)[0]
-    assert first.returncode == 1 and "another run has taken" in out.splitlines()[-1]
-    second.send_signal(signal.SIGINT)
-    second.communicate(timeout=60)
-    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["step"] for name in ("run.1", "run"))
-    assert a % 100 == 0 and b > 0
-
-
-def test_processes_that_read_different_texts_stop(corpus, tmp_path):
-    other = tmp_path / "0.txt"
-    other.write_text("another text entirely, of the same length or not.\n" * 300)
-    (tmp_path / "1.txt").write_text(Path(corpus.split("=")[1]).read_text())
-    command = f"{sys.executable} train.py --dataset={tmp_path}/$RANK.txt {' '.join(TINY)} --grad_accum=2 --out={tmp_path}/run"
-    p = shell("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29619", "--no-python", "bash", "-c", command)
-    assert "the processes read different data: file 0.txt, file 1.txt" in p.communicate(timeout=120)[0] and p.returncode
-
-
-@pytest.mark.parametrize("room", [100_000, 0])
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays_whole(corpus, tmp_path, room):
-    """A limit on the size of files, in the middle of a checkpoint of 280 kB or right at its start, stands for the full disk."""
-    args = ["train.py", corpus, *TINY, "--n_embd=64", f"--out={tmp_path}/run"]
-    assert shell(*args, "--max_iters=3").wait(timeout=60) == 0
-    whole = (tmp_path / "run/ckpt.pt").read_bytes()
-    limited = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (%d, %d)); sys.argv = %r; "
-               "runpy.run_path('train.py', run_name='__main__')")
-    p = shell("-c", limited % (room, room, ["train.py", "--resume", "--max_iters=6", f"--out={tmp_path}/run"]))
-    out = p.communicate(timeout=60)[0]
-    assert p.returncode == 1 and "cannot write" in out.splitlines()[-1] and "Traceback" not in out, out
-    assert (tmp_path / "run/ckpt.pt").read_bytes() == whole and not list((tmp_path / "run").glob("*.part"))
-
+# -------------------------------------------------------------------------------------------------
+# what is best, and what is no number
 
 def test_training_learns_and_best_is_the_lowest(corpus, tmp_path):
-    """On squares and their roots both objectives learn; best.pt is the row with the lowest bound, and says its bound over the whole split."""
+    """On squares and their roots both objectives learn; best.pt is the row with the lowest bound,
+    and says its bound over the whole split."""
     for objective in ("masked", "ar"):
         out = tmp_path / objective
-        train.main([corpus, *TINY, "--n_embd=32", "--max_iters=300", "--eval_interval=100", "--dropout=0", "--learning_rate=2e-2",
-                    f"--objective={objective}", f"--out={out}"])
-        rows = log(out)
-        m, c, meta = train.load(out, train.build)
-        best = min(rows, key=lambda r: float(r["bound"]))
-        assert float(best["bound"]) < math.log(len(meta["alphabet"])) * .7 and str(meta["step"]) == best["step"] and meta["method"] == objective
-        e = train.evaluate(m, Text(c).val, m.levels)
-        assert e["bound"] == torch.load(out / "best.pt", weights_only=True)["bound"]
+        train.main([corpus, *TINY, "--n_embd=32", "--max_iters=300", "--eval_interval=100",
+                    "--dropout=0", "--learning_rate=2e-2", f"--objective={objective}",
+                    f"--out={out}"])
+        method, c, meta = load(out, Masked, train.build, [objective])
+        best = min(read_log(out), key=lambda row: float(row["bound"]))
+        assert float(best["bound"]) < math.log(len(meta["alphabet"])) * 0.7
+        assert str(meta["step"]) == best["step"]
+        assert (meta["method"], meta["script"]) == (objective, "train")
+        e = train.evaluate(method, Text(c).val, method.eval_levels)
+        assert (e["bound"], e["stderr"]) == (meta["bound"], meta["stderr"])
 
 
 @pytest.mark.parametrize("early_stopping, kept", [(True, 40), (False, 120)])
-def test_a_rising_bound_ends_early_where_it_says_something(early_stopping, kept, corpus, tmp_path, monkeypatch):
-    """best.pt has the weights of the lowest bound; those of the last step where the method says that its bound chooses nothing."""
-    glances, evaluate = iter([1.0, .5, 2.0, 3.0]), train.evaluate
-    monkeypatch.setattr(train, "FIRST", 20)
-    monkeypatch.setattr(train, "evaluate", lambda *a: {**evaluate(*a), "bound": next(glances, 3.0)})
+def test_a_rising_bound_ends_early_where_it_says_something(early_stopping, kept, corpus, tmp_path,
+                                                           monkeypatch):
+    """best.pt has the weights of the lowest bound; those of the last step where the method says
+    that its bound chooses nothing."""
+    bounds = iter([1.0, 0.5, 2.0, 3.0])
+    honest = train.evaluate
+    monkeypatch.setattr(train, "FIRST_EVAL", 20)
+    monkeypatch.setattr(train, "evaluate", lambda *a: {**honest(*a), "bound": next(bounds, 3.0)})
     monkeypatch.setattr(train.MaskedDiffusion, "early_stopping", early_stopping)
     train.main([corpus, *TINY, "--max_iters=120", "--eval_interval=40", f"--out={tmp_path}/run"])
-    assert train.load(tmp_path / "run", train.build)[2]["step"] == kept
+    assert read_state(tmp_path / "run", "best.pt")["step"] == kept
 
 
-def test_the_rate_rises_holds_and_falls_to_zero():
-    c = Masked(warmup_iters=9, max_iters=100, learning_rate=1.0)
-    rates = [train.learning_rate(c, i) for i in range(100)]
-    assert rates[0] == .1 and rates[9] == rates[50] == 1 and rates[99] == pytest.approx(.02)
+@pytest.mark.parametrize("what", ["loss", "weight"])
+def test_a_nan_ends_the_run_and_keeps_what_was_saved(corpus, tmp_path, monkeypatch, what):
+    """A loss that is no number at step 8, or a weight after step 10 while every loss is fine."""
+    honest = train.train_step
 
+    def train_step(method, data, c, i, *rest):
+        loss, stop = honest(method, data, c, i, *rest)
+        if what == "loss" and i == 7:
+            loss = loss * math.nan
+        if what == "weight" and i == 9:
+            next(method.parameters()).data.fill_(math.nan)
+        return loss, stop
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    with pytest.raises(SystemExit) as e:
+        train.main([corpus, *TINY, "--max_iters=20", "--eval_interval=5", f"--out={tmp_path}/run"])
+    line = last_line(e.value)
+    assert "is no number at step 10" in line and "try a lower --learning_rate" in line
+    state = read_state(tmp_path / "run")
+    assert state["step"] == 5
+    assert all(x.isfinite().all() for x in tensors(state))
+
+
+def test_every_process_looks_at_windows_over_the_whole_split(corpus):
+    """The twentieth of a run's time is spread over val: its first and last window, in order."""
+    val = torch.arange(1000)[:, None]
+    ar = train.build(tiny(corpus, "--objective=ar"), {"alphabet": "abc"})
+    masked = train.build(tiny(corpus), {"alphabet": "abc"})
+    c = tiny(corpus, "--eval_interval=100", "--batch_size=32")
+    few, levels = train.eval_subset(val, c, ar)
+    assert (len(few), levels) == (320, 1)
+    few, levels = train.eval_subset(val, c, masked)
+    assert (len(few), levels) == (80, 4)
+    assert (few[0].item(), few[-1].item()) == (0, 999)
+    assert (few.diff(dim=0) >= 12).all()
+    few, _ = train.eval_subset(val, tiny(corpus, "--eval_interval=1"), masked)
+    assert len(few) == 2
+
+
+# -------------------------------------------------------------------------------------------------
+# several processes
+
+def torchrun(port, *args):
+    return start("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
+                 *args)
+
+
+@pytest.mark.parametrize("script", ["train.py", "embed_diffusion.py --fluency=1"])
+def test_two_processes_equal_one(script, corpus, tmp_path):
+    args = [*script.split(), corpus, *TINY, "--max_iters=6", "--eval_interval=3", "--grad_accum=2"]
+    one = start(*args, f"--out={tmp_path}/one")
+    two = torchrun(29617, *args, f"--out={tmp_path}/two")
+    for process in (one, two):
+        code, out = end(process)
+        assert code == 0, out
+        assert out.count("done: ") == 1
+    a = read_state(tmp_path / "one")
+    b = read_state(tmp_path / "two")
+    for x, y in zip(tensors(a), tensors(b), strict=True):
+        assert (x - y).abs().max() < 1e-6
+    for one, two in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        assert one["step"] == two["step"]
+        assert float(one["bound"]) == pytest.approx(float(two["bound"]), abs=1e-6)
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=1e-6)
+
+
+def test_three_micro_batches_do_not_fit_two_processes(corpus, tmp_path):
+    process = torchrun(29618, "train.py", corpus, *TINY, "--grad_accum=3", f"--out={tmp_path}/run")
+    code, out = end(process)
+    assert code and "grad_accum=3 is not a multiple of the 2 processes" in out
+
+
+def test_processes_that_read_different_texts_stop(corpus, tmp_path):
+    (tmp_path / "0.txt").write_text("another text entirely, of the same length or not.\n" * 300)
+    with open(corpus.partition("=")[2]) as f:
+        (tmp_path / "1.txt").write_text(f.read())
+    command = (f"exec python train.py --dataset={tmp_path}/$RANK.txt {' '.join(TINY)} "
+               f"--grad_accum=2 --out={tmp_path}/run")
+    code, out = end(torchrun(29619, "--no-python", "bash", "-c", command))
+    assert code and "the processes read different data: file 0.txt, file 1.txt" in out
+
+
+def test_ctrl_c_with_two_processes_saves_the_step_that_was_reached(corpus, tmp_path):
+    """One of them is told to stop: both do, at the same step."""
+    process = torchrun(29620, "train.py", corpus, *TINY, "--grad_accum=2", "--max_iters=100000",
+                       "--compile=False", f"--out={tmp_path}/run")
+    while not (tmp_path / "run/ckpt.pt").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    children = os.popen(f"pgrep -P {process.pid}").read().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGTERM)
+    code, out = end(process)
+    assert code == 0 and "--resume goes on" in out
+    assert read_state(tmp_path / "run")["step"] > 100
+
+
+# -------------------------------------------------------------------------------------------------
+# the compiler
 
 def test_compiled_the_run_is_the_same_after_a_resume_too(corpus, tmp_path):
-    """Long enough to be compiled: learns what the eager run learns, and stopped and resumed it is the straight run bit for bit."""
+    """Long enough to be compiled: learns what the eager run learns, and killed and resumed it is
+    the straight run to the bit."""
     args = ["train.py", corpus, *TINY, "--max_iters=1000", "--eval_interval=250"]
     for name, more in (("eager", ["--compile=False"]), ("straight", [])):
-        out = shell(*args, *more, f"--out={tmp_path}/{name}").communicate(timeout=300)[0]
-        assert "done" in out and "torch.compile" not in out, out
-    p = shell(*args, f"--out={tmp_path}/cut")
-    while not any(r["step"] == "250" for r in (log(tmp_path / "cut") if (tmp_path / "cut/log.csv").exists() else [])):
-        time.sleep(.05)
-    p.kill()
-    p.wait()
-    assert "done" in shell("train.py", "--resume", f"--out={tmp_path}/cut").communicate(timeout=300)[0]
-    assert same(tmp_path / "straight", tmp_path / "cut") and log(tmp_path / "straight") == log(tmp_path / "cut")
-    eager, compiled = (float(log(tmp_path / name)[-1]["bound"]) for name in ("eager", "straight"))
-    assert compiled == pytest.approx(eager, abs=.05)
+        code, out = end(start(*args, *more, f"--out={tmp_path}/{name}"))
+        assert code == 0 and "torch.compile" not in out, out
+    process = start(*args, f"--out={tmp_path}/cut")
+    log = tmp_path / "cut/log.csv"
+    while not (log.exists() and "\n250," in log.read_text()):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    code, out = end(start("train.py", "--resume", f"--out={tmp_path}/cut"))
+    assert code == 0, out
+    assert_same_run(tmp_path / "straight", tmp_path / "cut")
+    bounds = [float(read_log(tmp_path / name)[-1]["bound"]) for name in ("eager", "straight")]
+    assert bounds[1] == pytest.approx(bounds[0], abs=0.05)
 
 
 def test_compiled_gradients_are_the_same_every_time(corpus):
     """On two threads, with enough work for both."""
-    c = Masked(dataset=corpus.split("=")[1], n_layer=1, n_head=1, n_embd=32, block_size=128, batch_size=64)
-    data, threads = Text(c), torch.get_num_threads()
+    c = tiny(corpus, "--n_embd=32", "--block_size=128", "--batch_size=64", "--dropout=0")
+    data = Text(c)
+    threads = torch.get_num_threads()
     method = train.build(c, data.meta)
     for p in method.parameters():
-        torch.nn.init.normal_(p, std=.1)
+        torch.nn.init.normal_(p, std=0.1)
     torch.set_num_threads(2)
-    train.compile_net(method, data, c)
-    gradients = []
-    for _ in range(6):
-        method.zero_grad()
-        train.reseed(1)
-        method(data.batch(c.batch_size)).backward()
-        gradients.append([p.grad.clone() for p in method.parameters()])
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for g in gradients for a, b in zip(g, gradients[0], strict=True))
+    try:
+        train.compile_net(method, data, c)
+        gradients = []
+        for _ in range(6):
+            method.zero_grad()
+            train.reseed(1)
+            method(data.batch(c.batch_size)).backward()
+            gradients.append([p.grad.clone() for p in method.parameters()])
+    finally:
+        torch.set_num_threads(threads)
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_without_a_compiler_one_line_and_on(corpus, tmp_path):
-    p = shell("train.py", corpus, *TINY, "--max_iters=1000", "--eval_interval=1000", f"--out={tmp_path}/run",
-              env={"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"})
-    out = p.communicate(timeout=300)[0]
-    assert p.returncode == 0 and out.count("going on without torch.compile") == 1 and "Traceback" not in out, out
+    code, out = end(start(
+        "train.py", corpus, *TINY, "--max_iters=1000", "--eval_interval=1000",
+        f"--out={tmp_path}/run", env={"CXX": "/nowhere/c++", "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+                                      "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}))
+    assert code == 0 and "Traceback" not in out, out
+    assert out.count("going on without torch.compile") == 1
