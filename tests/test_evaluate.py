@@ -1,8 +1,7 @@
-"""The evaluation: the same digits at any batch size, the truth within its error about 95% of the time."""
+"""What the evaluation computes: the same digits at any batch size, the truth within its error about
+95% of the time, scores of texts by a known model, and the digits of the code before this one."""
 import math
 import random
-import runpy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +12,13 @@ import analog_bits
 import embed_diffusion
 import model
 import train
-from config import Bits, Embed, Masked, Sampler
+from config import Bits, CodeSampler, Embed, Masked, Sample
+from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
-from evaluation.evaluate import infilling, judged, left_to_right, likelihood, written
-from evaluation.metrics import mean, overlap, text_metrics, vocabulary
-from train import build, evaluate, glance
+from evaluation.diagnostics import cross_entropy_by_noise
+from evaluation.likelihood import Checkpoint, Evaluate, left_to_right, likelihood, spaced_rows
+from evaluation.samples import eval_nll, fill, infilling, sample_row, sample_texts, sampler_settings
+
 
 
 class Fixed(nn.Module):
@@ -31,18 +32,44 @@ class Fixed(nn.Module):
         return self.logits.expand(*x.shape, -1)
 
 
-def test_any_batch_size_gives_the_same_digits(monkeypatch):
+class Grows(nn.Module):
+    """Certainty that falls with the share masked: token 0 is as likely as 1 / (1 + e^3t)."""
+
+    def forward(self, x, t):
+        return torch.stack([torch.zeros(x.shape), 3 * t[:, None].expand(x.shape)], -1)
+
+
+class Left(nn.Module):
+    """Knows a character from its left neighbour, if that is to be seen."""
+
+    def forward(self, x, t):
+        left = F.pad(x, (1, 0))[:, :-1]
+        return 4 * F.one_hot(torch.where(left == 3, 0, left), 3).float()
+
+
+def checkpoint_of(method, c=None, name="masked"):
+    return Checkpoint("a", name, c, {}, method, train)
+
+
+@pytest.fixture
+def fp32(monkeypatch):
+    monkeypatch.setattr(model, "AMP", torch.float32)
     monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", enabled=False))
+
+
+# train.evaluate
+
+def test_any_batch_size_gives_the_same_digits(fp32):
     torch.manual_seed(0)
-    m = build(Masked(block_size=16, n_layer=2, n_head=2, n_embd=16), {"alphabet": "abcde"}).eval()
-    for p in m.parameters():
-        nn.init.normal_(p, std=.3)
+    c = Masked(block_size=16, n_layer=2, n_head=2, n_embd=16)
+    method = train.build(c, {"alphabet": "abcde"}).eval()
+    for p in method.parameters():
+        nn.init.normal_(p, std=0.3)
     val = torch.randint(5, (60, 16), dtype=torch.uint8)
-    a, b, again = (evaluate(m, val, 4, n) for n in (7, 128, 7))
+    a, b, again = [train.evaluate(method, val, 4, batch_size) for batch_size in (7, 128, 7)]
     assert a["bound"] == again["bound"] and torch.equal(a["windows"], again["windows"])
-    for k in ("bound", "stderr", "masked_ce"):
-        assert a[k] == pytest.approx(b[k], abs=1e-6)
-    assert a["buckets"] == pytest.approx(b["buckets"], abs=1e-6)
+    for key in ("bound", "stderr", "masked_ce", "fifths"):
+        assert a[key] == pytest.approx(b[key], abs=1e-6)
 
 
 def test_every_noise_level_is_drawn_equally_often():
@@ -53,176 +80,131 @@ def test_every_noise_level_is_drawn_equally_often():
             seen.extend((t * 10).round().int().tolist())
             return super().forward(x, t)
 
-    evaluate(MaskedDiffusion(Spy(torch.ones(3) / 3), 3), torch.randint(3, (50, 10)), 4)
+    train.evaluate(MaskedDiffusion(Spy(torch.ones(3) / 3), 3), torch.randint(3, (50, 10)), 4)
     assert torch.tensor(seen).bincount(minlength=11).tolist() == [0] + [20] * 10
 
 
 def test_masked_ce_is_total_over_number():
-    """CE that grows with the share masked: bound = int CE, masked CE = int m CE / int m, always larger."""
-    class Grows(nn.Module):
-        def forward(self, x, t):
-            return torch.stack([torch.zeros_like(x), 3 * t[:, None].expand(x.shape)], -1)     # p(0) falls with t
-
-    e = evaluate(MaskedDiffusion(Grows(), 2), torch.zeros(100, 20, dtype=torch.long), 4)
+    """bound = int CE, masked CE = int m CE / int m, which is larger where CE grows with m."""
+    e = train.evaluate(MaskedDiffusion(Grows(), 2), torch.zeros(100, 20, dtype=torch.long), 4)
     ce = [math.log1p(math.exp(3 * k / 20)) for k in range(1, 21)]
     assert e["bound"] == pytest.approx(sum(ce) / 20, abs=1e-5)
-    assert e["masked_ce"] == pytest.approx(sum(k * c for k, c in enumerate(ce, 1)) / 210, abs=1e-5)
-    assert e["buckets"] == pytest.approx([sum(ce[4 * i:4 * i + 4]) / 4 for i in range(5)], abs=1e-5)
+    pooled = sum(k * nats for k, nats in enumerate(ce, 1)) / 210
+    assert e["masked_ce"] == pytest.approx(pooled, abs=1e-5)
+    assert e["fifths"] == pytest.approx([sum(ce[i:i + 4]) / 4 for i in range(0, 20, 4)], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["masked", "twin"])
+@pytest.mark.parametrize("kind", [MaskedDiffusion, Autoregressive])
 @pytest.mark.parametrize("sticky", [False, True])
 def test_standard_error_covers_the_truth(kind, sticky):
-    """300 fresh texts of a known source: the truth lies within 1.96 stderr about 95% of the time, also when neighbouring windows are alike
-    (a source that switches every 60 characters or so between an easy and a hard mood, scored by the mean distribution). An error taken from
-    single windows fails the second."""
+    """300 fresh texts of a known source: the truth lies within 1.96 stderr about 95% of the time,
+    also when neighbouring windows are alike: a source that switches every 60 characters or so
+    between an easy and a hard mood, scored by the mean distribution. An error taken from single
+    windows fails the second."""
     torch.manual_seed(0)
-    W, T, reps = 800, 8, 300
-    a, b = torch.tensor([.98, .01, .01]), torch.ones(3) / 3
-    p = (a + b) / 2 if sticky else b * torch.tensor([1.5, .9, .6])
-    m = (MaskedDiffusion if kind == "masked" else Autoregressive)(Fixed(p), 3)
-    truth, covered = -(p * p.log()).sum().item(), 0
-    for _ in range(reps):
+    W = 800
+    T = 8
+    easy = torch.tensor([0.98, 0.01, 0.01])
+    hard = torch.ones(3) / 3
+    p = (easy + hard) / 2 if sticky else torch.tensor([0.5, 0.3, 0.2])
+    method = kind(Fixed(p), 3)
+    truth = -(p * p.log()).sum().item()
+    covered = 0
+    for _ in range(300):
         if sticky:
-            mood = ((torch.rand(W * T) < 1 / 60).cumsum(0) + torch.randint(2, ())) % 2
-            text = torch.multinomial(torch.stack([a, b])[mood], 1).view(W, T)
+            switches = (torch.rand(W * T) < 1 / 60).cumsum(0)
+            mood = (switches + torch.randint(2, ())) % 2
+            text = torch.multinomial(torch.stack([easy, hard])[mood], 1).view(W, T)
         else:
             text = torch.multinomial(p.expand(W, -1), T, replacement=True)
-        e = evaluate(m, text, 1, 1000)
+        e = train.evaluate(method, text, 1, 1000)
         covered += abs(e["bound"] - truth) < 1.96 * e["stderr"]
-    assert .90 <= covered / reps <= .98, covered / reps
+    assert 0.90 <= covered / 300 <= 0.98
 
 
-def test_a_glance_is_at_most_a_twentieth_of_training():
+def test_an_evaluation_in_training_takes_at_most_a_twentieth_of_its_time():
     c = Masked(eval_interval=100, batch_size=32)
-    m = MaskedDiffusion(Fixed(torch.ones(3) / 3), 3)
-    windows, levels = glance(torch.arange(5000)[:, None], c, m)
-    assert len(windows) * levels <= .05 * 3 * 100 * 32 and windows[0] == 0 and windows[-1] == 4999   # a step is three forward passes
+    method = MaskedDiffusion(Fixed(torch.ones(3) / 3), 3)
+    windows, levels = train.eval_subset(torch.arange(5000)[:, None], c, method)
+    # a step is three forward passes
+    assert 0.04 * 3 * 100 * 32 < len(windows) * levels * 2 <= 0.1 * 3 * 100 * 32
+    assert windows[0] == 0 and windows[-1] == 4999
 
 
-# ---- evaluate.py
-
-SOURCE = "the cat sat on the mat, and the dog sat on the cat; it was nobody's fault, and the mat had seen worse than a dog or a cat. "
-
-
-def test_metrics_of_one_repeated_character():
-    m = text_metrics(["a" * 64] * 4, SOURCE, vocabulary(SOURCE))
-    assert m["entropy"] == (0, 0) and m["fourgrams"] == 1 / (4 * 61)
-    assert m["longest"] == 1 and m["overlap"] == (1, 0)
-    assert math.isnan(m["words"][0]) and m["names"] == (0, 0)       # one word, cut at both ends: none to judge
-
-
-def test_metrics_of_uniform_noise():
-    rng = random.Random(0)
-    m = text_metrics(["".join(rng.choices("abcdefghijklmnop ", k=128)) for _ in range(400)], SOURCE, vocabulary(SOURCE))
-    assert abs(m["entropy"][0] - math.log2(17)) < .005 and m["words"][0] < .1 and m["fourgrams"] > .7 and m["longest"] <= 6
-
-
-def test_metrics_of_the_training_text_itself():
-    texts = [SOURCE[i:i + 40] for i in range(0, 80, 8)]
-    m = text_metrics(texts, SOURCE, vocabulary(SOURCE))
-    assert m["words"] == (1, 0) and m["longest"] == 40 and m["overlap"] == (40, 0)
-
-
-def test_a_memorised_passage_is_found_inside_a_text():
-    assert overlap("zzzz" + SOURCE[10:47] + "zzzz" + SOURCE[:9], SOURCE) == 37
-    assert text_metrics(["q" * 30, "zz" + SOURCE[10:47]], SOURCE, set())["longest"] == 37
-    assert overlap("", SOURCE) == overlap("QQ", SOURCE) == 0
-
-
-def test_names_are_whole_lines():
-    m = text_metrics(["ROMEO:\nAy me: no\n\nFirst Citizen:\nSo: it\n"] * 2, SOURCE, set())
-    assert m["names"] == (pytest.approx(2000 / 40), 0)
-
-
-def test_mean_is_the_ratio_with_its_spread():
-    """Against 4,000 repetitions of the same draw: words known of words written, where texts differ in length."""
-    g = torch.Generator().manual_seed(0)
-
-    def parts():
-        n = torch.randint(5, 30, (60,), generator=g)
-        return [(torch.rand(k, generator=g).lt(.3).sum().item(), k) for k in n.tolist()]
-
-    ratios, errors = zip(*(mean(parts()) for _ in range(4000)), strict=True)
-    assert abs(sum(ratios) / 4000 - .3) < .002
-    assert sum(errors) / 4000 == pytest.approx(torch.tensor(ratios).std().item(), rel=.05)
-
+# likelihood
 
 def test_left_to_right_is_the_chain_rule():
-    """A network that knows only how many are masked: -log p = the sum over i of its entropy at T - i masked, T calls."""
-    class Counts(nn.Module):
-        def forward(self, x, t):
-            assert torch.equal(t, (x == 2).float().mean(1))
-            return torch.stack([torch.zeros(x.shape), 3 * t[:, None].expand(x.shape)], -1)
-
+    """A network that knows only how many are masked: -log p is the sum over i of its cross-entropy
+    at T - i masked."""
     x = torch.tensor([[0, 1, 0, 0], [1, 1, 1, 1]])
-    nats = left_to_right(MaskedDiffusion(Counts(), 2), x)
-    logp = [torch.tensor([0, 3 * k / 4]).log_softmax(0) for k in (4, 3, 2, 1)]
-    truth = [-sum(p[i].item() for p, i in zip(logp, row, strict=True)) / 4 for row in x.tolist()]
+    nats = left_to_right(MaskedDiffusion(Grows(), 2), x)
+    log_p = [torch.tensor([0, 3 * k / 4]).log_softmax(0) for k in (4, 3, 2, 1)]
+    truth = [-sum(p[i].item() for p, i in zip(log_p, row)) / 4 for row in x.tolist()]
     assert nats.tolist() == pytest.approx(truth, abs=1e-6)
 
 
-def test_left_to_right_of_a_network_that_knows_the_joint_distribution_equals_every_other_order():
-    """Exact conditionals of a distribution on {0, 1}^3: every order has the same likelihood, the bound is tight."""
+def test_left_to_right_of_a_network_that_knows_the_joint_distribution_is_exact():
+    """Exact conditionals of a distribution on {0, 1}^3."""
     joint = torch.rand(2, 2, 2, generator=torch.Generator().manual_seed(1))
     joint /= joint.sum()
 
     class Knows(nn.Module):
         def forward(self, x, t):
+            assert torch.equal(t, (x == 2).float().mean(1))
             out = torch.zeros(*x.shape, 2)
             for b, row in enumerate(x.tolist()):
                 for i in range(3):
                     for v in (0, 1):
-                        given = [v if j == i else w for j, w in enumerate(row)]
-                        out[b, i, v] = joint[tuple(slice(None) if w == 2 else w for w in given)].sum()
+                        given = [*row[:i], v, *row[i + 1:]]
+                        index = tuple(slice(None) if w == 2 else w for w in given)
+                        out[b, i, v] = joint[index].sum()
             return out.log()
 
     x = torch.cartesian_prod(*[torch.arange(2)] * 3)
-    assert torch.allclose(left_to_right(MaskedDiffusion(Knows(), 2), x), -joint.flatten().log().double() / 3, atol=1e-6)
+    truth = -joint.flatten().log().double() / 3
+    assert torch.allclose(left_to_right(MaskedDiffusion(Knows(), 2), x), truth, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind, draws", [("masked", 2), ("masked", 5), ("bits", 2), ("embeddings", 2)])
+@pytest.mark.parametrize("kind, draws", [("masked", 2), ("masked", 5), ("bits", 2), ("embed", 2)])
 def test_the_error_of_the_draws_is_that_of_repeated_evaluations(monkeypatch, kind, draws):
-    """mc against the spread of the bound over 60 sets of seeds: on a network whose loss depends on what is masked, and on untrained ones, which know
-    what the noisy codes themselves say."""
-    class Left(nn.Module):   # knows a character from its left neighbour, if that is to be seen
-        def forward(self, x, t):
-            left = F.pad(x, (1, 0))[:, :-1]
-            return 4 * F.one_hot(torch.where(left == 3, 0, left), 3).float()
-
-    tiny, abc = dict(n_layer=1, n_head=1, n_embd=8, block_size=16), {"alphabet": "abc"}
-    m = {"masked": lambda: MaskedDiffusion(Left(), 3), "bits": lambda: analog_bits.build(Bits(**tiny), abc).eval(),
-         "embeddings": lambda: embed_diffusion.build(Embed(**tiny), abc).eval()}[kind]()
-    x = (torch.rand(40, 16, generator=torch.Generator().manual_seed(0)) < .3).cumsum(1) % 3
-    m.levels, found, many = 4, [], 0
-    whole = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda method, val, levels, seed=0: whole(method, val, levels, seed=draws * many + seed))
-    for many in range(60):   # noqa: B007
-        found.append(likelihood(m, x, draws))
+    """mc against the spread of the bound over 60 sets of seeds: on a network whose loss depends on
+    what is masked, and on untrained ones, which know what the noisy codes themselves say."""
+    tiny = dict(n_layer=1, n_head=1, n_embd=8, block_size=16)
+    if kind == "masked":
+        method = MaskedDiffusion(Left(), 3)
+    elif kind == "bits":
+        method = analog_bits.build(Bits(**tiny), {"alphabet": "abc"}).eval()
+    else:
+        method = embed_diffusion.build(Embed(**tiny), {"alphabet": "abc"}).eval()
+    method.eval_levels = 4
+    x = (torch.rand(40, 16, generator=torch.Generator().manual_seed(0)) < 0.3).cumsum(1) % 3
+    one_set = train.evaluate
+    found = []
+    for i in range(60):
+        monkeypatch.setattr(train, "evaluate", lambda method, val, levels, seed:
+                            one_set(method, val, levels, seed=draws * i + seed))  # noqa: B023
+        found.append(likelihood(method, x, draws))
     spread = torch.tensor([e["bound"] for e in found]).std().item()
-    assert .8 < sum(e["mc"] for e in found) / 60 / spread < (1.3 if kind == "masked" else 1.8)     # what it leaves out makes it larger
+    ratio = sum(e["mc"] for e in found) / 60 / spread
+    assert 0.8 < ratio < (1.3 if kind == "masked" else 1.8)   # what it leaves out makes it larger
     assert found[0]["bound"] != found[1]["bound"]
 
 
-def test_masked_ce_under_a_schedule():
-    """CE(m) = m: int m^2 / int m is 2/3 where all shares are alike, and 3/4 under m = sin^2(pi t / 2)."""
-    clock = runpy.run_module("experiments.clock")
-    m = SimpleNamespace(bound=lambda x, u, seeds: (u, u))
-    found = [clock["masked_ce"](m, torch.zeros(300, 8), schedule) for schedule in (lambda t: t, lambda t: (math.pi / 2 * t).sin() ** 2)]
-    assert found == [pytest.approx(2 / 3, abs=1e-3), pytest.approx(3 / 4, abs=1e-3)]
+# samples
 
-
-def test_judged_scores_long_texts_in_pieces():
-    p = torch.tensor([.5, .25, .25])
-    judge = SimpleNamespace(method=Autoregressive(Fixed(p), 3), c=SimpleNamespace(block_size=4))
+def test_the_evaluation_model_scores_long_texts_in_pieces():
+    p = torch.tensor([0.5, 0.25, 0.25])
+    scorer = checkpoint_of(Autoregressive(Fixed(p), 3), Masked(block_size=4), "ar")
     x = torch.tensor([[0] * 10, [1] * 10])
-    nats, error = judged(judge, x)
-    assert nats == pytest.approx(1.5 * math.log(2), abs=1e-6) and error == pytest.approx(.5 * math.log(2), abs=1e-6)
-    assert judged(judge, x[:1].repeat(2, 1)) == (pytest.approx(math.log(2)), 0)
+    nats, error = eval_nll(scorer, x)
+    assert nats == pytest.approx(1.5 * math.log(2), abs=1e-6)
+    assert error == pytest.approx(0.5 * math.log(2), abs=1e-6)
+    assert eval_nll(scorer, x[:1].repeat(2, 1)) == (pytest.approx(math.log(2)), 0)
 
 
 def test_infilling_of_an_oracle_and_of_a_constant():
-    """An oracle finds the whole span, a network that always says 0 finds the zeros; what is outside the span stays."""
+    """An oracle finds the whole span, a network that always says 0 finds the zeros; what is outside
+    the span stays."""
     x = torch.randint(3, (40, 64), generator=torch.Generator().manual_seed(0))
 
     class Oracle(nn.Module):
@@ -230,18 +212,127 @@ def test_infilling_of_an_oracle_and_of_a_constant():
             assert torch.equal(y[:, :24], x[:, :24]) and torch.equal(y[:, 40:], x[:, 40:])
             return 9 * F.one_hot(x, 3).float()
 
-    found = infilling(SimpleNamespace(name="masked", method=MaskedDiffusion(Oracle(), 3)), x)
-    assert found == (1, 0)
-    zeros, _ = infilling(SimpleNamespace(name="masked", method=MaskedDiffusion(Fixed(torch.tensor([.8, .1, .1])), 3)), x)
+    assert infilling(checkpoint_of(MaskedDiffusion(Oracle(), 3)), x) == (1, 0)
+    constant = MaskedDiffusion(Fixed(torch.tensor([0.8, 0.1, 0.1])), 3)
+    zeros, _ = infilling(checkpoint_of(constant), x)
     assert zeros == pytest.approx((x[:, 24:40] == 0).float().mean().item(), abs=1e-6)
 
 
-def test_network_calls_are_counted_for_each_text():
-    """Entropy-bounded: texts of one batch finish at different times; a text that is done costs nothing."""
-    class Mixed(nn.Module):   # row 0 is certain of everything, row 1 of nothing
-        def forward(self, y, t):
-            return torch.stack([torch.tensor([60., 0.]).expand(y.size(1), 2), torch.zeros(y.size(1), 2)])
+def test_a_gaussian_model_that_never_saw_known_characters_is_not_asked_to_infill():
+    tiny = dict(n_layer=1, n_head=1, n_embd=8, block_size=16)
+    x = torch.randint(3, (4, 16))
+    for change, asked in [({}, True), ({"stagger": 0.0}, True), ({"prompts": 0.0}, True),
+                          ({"stagger": 0.0, "prompts": 0.0}, False)]:
+        c = Bits(**tiny, **change)
+        method = analog_bits.build(c, {"alphabet": "abc"}).eval()
+        found = infilling(Checkpoint("a", "bits", c, {}, method, analog_bits), x)
+        assert (found is not None) == asked
 
-    nothing = torch.zeros(2, 8, dtype=torch.long)
-    _, calls, _ = written(MaskedDiffusion(Mixed(), 2), nothing, nothing > 0, Sampler(counts="entropy", gamma=.1, remask=0.))
-    assert calls == (1 + 8) / 2
+
+def test_network_calls_are_counted_for_each_text():
+    """Entropy-bounded: texts of one batch finish at different times; one that is done costs
+    nothing. Row 0 is certain of everything, row 1 of nothing."""
+    class Mixed(nn.Module):
+        def forward(self, y, t):
+            certain = torch.tensor([60.0, 0.0]).expand(y.size(1), 2)
+            return torch.stack([certain, torch.zeros(y.size(1), 2)])
+
+    x = torch.zeros(2, 8, dtype=torch.long)
+    how = Sample(counts="entropy", entropy_bound=0.1, remask=0.0)
+    _, n_calls, _ = fill(MaskedDiffusion(Mixed(), 2), x, x > 0, how)
+    assert n_calls == (1 + 8) / 2
+    method = analog_bits.build(Bits(n_layer=1, n_head=1, n_embd=8, block_size=8),
+                               {"alphabet": "abc"}).eval()
+    for two_pass in (False, True):
+        _, n_calls, _ = fill(method, x, x > 0, CodeSampler(steps=5, two_pass=two_pass))
+        assert n_calls == 5 * (1 + two_pass)
+
+
+def test_a_sampler_takes_the_settings_that_it_has():
+    s = Evaluate(n=7, out="x", seed=3, steps=9, gaussian_steps=11, td=0.5, temperature=0.7,
+                 rounding="clamp", min_distance=2)
+    how = sampler_settings(checkpoint_of(None), s)
+    assert how == Sample(seed=3, steps=9, temperature=0.7, min_distance=2)
+    bits = Checkpoint("a", "bits", None, {}, None, analog_bits)
+    assert sampler_settings(bits, s) == CodeSampler(seed=3, steps=11, td=0.5)
+    embed = Checkpoint("a", "embed", None, {}, None, embed_diffusion)
+    how = sampler_settings(embed, Evaluate(sampler="ddim", rounding="clamp"))
+    assert (how.sampler, how.rounding, how.steps) == ("ddim", "clamp", 50)
+
+
+# the same digits as ever
+
+def text_file(folder):
+    rng = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "far", "away", "so"]
+    lines = []
+    for _ in range(700):
+        lines.append(" ".join(rng.choices(words, k=rng.randint(3, 7))) + ".\n")
+        if rng.random() < 0.2:
+            lines.append(rng.choice(["Tom", "Ann", "First Cat"]) + ":\n")
+    path = folder / "text.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def test_the_same_digits_as_of_commit_3118222(fp32, tmp_path):
+    """What evaluate.py of that commit computes for the same four networks on the same text. Samples
+    of bits and embeddings are left out: their samplers draw less noise now."""
+    tiny = dict(dataset=str(text_file(tmp_path)), block_size=24, n_layer=2, n_head=2, n_embd=16)
+    data = Text(Masked(**tiny))
+
+    def make(build, c):
+        torch.manual_seed(0)
+        method = build(c, data.meta).eval()
+        torch.manual_seed(1)
+        for name, p in method.named_parameters():
+            if p.dim() > 1 and "table" not in name:
+                nn.init.normal_(p, std=0.15)
+        return method
+
+    masked = make(train.build, Masked(**tiny))
+    ar = make(train.build, Masked(**tiny, objective="ar"))
+    bits = make(analog_bits.build, Bits(**tiny))
+    embed = make(embed_diffusion.build, Embed(**tiny))
+    recorded = [
+        (masked, [3.3994085, 0.0129388, 0.0047683], 3.4122945,
+         [3.3672538, 3.3704963, 3.4094996, 3.4145181, 3.4287727]),
+        (ar, [3.4810656, 0.0203746, 0.0], math.nan, [math.nan] * 4 + [3.4810656]),
+        (bits, [3.5769313, 0.1084061, 0.1329883], math.nan,
+         [2.7777615, 4.8435411, 4.6836863, 4.6711402, 0.9321962]),
+        (embed, [3.4298553, 0.1123819, 0.1109702], math.nan,
+         [2.3252163, 4.9484501, 4.4962797, 4.3449154, 1.0576831]),
+    ]
+    for method, numbers, masked_ce, fifths in recorded:
+        e = likelihood(method, data.val, 2)
+        found = [e["bound"], e["stderr"], e["mc"]]
+        assert found == pytest.approx(numbers, abs=1e-5)
+        assert e["fifths"] == pytest.approx(fifths, abs=1e-5, nan_ok=True)
+        assert e["masked_ce"] == pytest.approx(masked_ce, abs=1e-5, nan_ok=True)
+    nats = left_to_right(masked, data.val[:4].long()).tolist()
+    assert nats == pytest.approx([3.2768684, 3.4247598, 3.3126904, 3.2518117], abs=1e-5)
+    assert cross_entropy_by_noise(bits, data, 16) == pytest.approx(
+        [0.0139593, 1.4851587, 2.8696358, 3.3135858, 3.4114649], abs=1e-5)
+    assert cross_entropy_by_noise(embed, data, 16) == pytest.approx(
+        [0.0005095, 0.8985477, 2.9762268, 3.4032884, 3.4173260], abs=1e-5)
+
+    scorer = checkpoint_of(ar, Masked(**tiny), "ar")
+    blocks = spaced_rows(data.val, 12).long()
+    rows = [
+        (masked, [3.3380445, 0.0337802], [4.3768616, 0.0321948], 1.0, [2.25, 0.1305582], 3,
+         [0.046875, 0.0135998], 9.0),
+        (ar, [3.0118232, 0.0347453], [4.5000795, 0.0269490], 0.9960317, [2.4166667, 0.1929960], 4,
+         [0.0677083, 0.0143068], 24.0),
+    ]
+    for method, nll, entropy, fourgrams, overlap, longest, infilled, n_calls in rows:
+        checkpoint = checkpoint_of(method, Masked(**tiny))
+        x, found_calls, _ = sample_texts(checkpoint, 12, Sample(steps=9))
+        row = sample_row("a", x, data, scorer, infilling(checkpoint, blocks), found_calls)
+        found = [*row[2], *row[3], row[6], *row[7], row[8], *row[9], row[10]]
+        expected = [*nll, *entropy, fourgrams, *overlap, longest, *infilled, n_calls]
+        assert found == pytest.approx(expected, abs=1e-5)
+    row = sample_row("a", blocks, data, scorer)
+    assert row[:2] == ("a", 12) and row[9:] == (None, None, None)
+    found = [*row[2], *row[3], *row[4], *row[5], row[6], *row[7], row[8]]
+    assert found == pytest.approx([3.5819289, 0.0455923, 3.7223596, 0.0840480, 1, 0, 3.4722222,
+                                   3.4722222, 0.5793651, 13.6666667, 0.5817077, 18], abs=1e-5)
