@@ -19,8 +19,7 @@ import mnist_ddpm
 import train
 from checkpoint import find_checkpoint, load
 from config import ImageSampler, Masked, Mnist, Sample, parse, run
-from data import CharTokenizer
-from generate import infer_blank_lengths, lay_out, parse_prompt, print_source, show_texts, write
+from generate import infer_blank_lengths, lay_out, open_model, parse_prompt, show_texts, write
 from mnist_ddpm import N_CLASSES, grid, png_chunk, sample_images, to_bytes
 
 
@@ -108,13 +107,10 @@ def moving_png(frames, delay=50, last_delay=1000):
 
 def draw_text(argv):
     s = SvgSample(**parse(argv, SvgSample))
-    path = find_checkpoint(s.out, "masked")
-    method, c, meta = load(path, Masked, train.build, ["masked"])
-    tokenizer = CharTokenizer(meta["alphabet"], meta["is_bytes"])
+    method, c, _, tokenizer = open_model(s.out, "masked", Masked, train.build, ["masked"])
     T = c.block_size
     pieces = infer_blank_lengths(method, parse_prompt(s.prompt, tokenizer), T, s.seed)
     ids, known = lay_out(pieces, s.length, T, method.mask_id)
-    print_source(path, meta)
 
     history = [(ids, known.float())]
 

@@ -1,39 +1,49 @@
-"""Guidance, steps and samplers of one MNIST checkpoint, a row each; or only the tables that are named:
+"""What do guidance, steps and the sampler do to digits? A row each, of one checkpoint, or only the
+tables that are named. --digits=1000: two hours on one CPU core.
 
     python -m experiments.digits --out=out/mnist --digits=1000
     python -m experiments.digits guidance "a thousand steps" --digits=256
 
-A row is what `python -m evaluation --bound=False` prints with the row's settings."""
+A row is what python -m evaluation prints with its settings.
+"""
 from dataclasses import replace
 
-from config import HERE, Evaluate, Picture, at_least, parse, run
-from evaluation.digits import digit_floor, digit_row, digit_sample, real_digits
-from evaluation.evaluate import open_checkpoint, stamp
+from checkpoint import find_checkpoint
+from config import check, parse, run
+from evaluation.digits import digit_floor, digit_row, images_of, real_digits, sample_digits
+from evaluation.likelihood import Evaluate, open_checkpoint
+from evaluation.report import stamp
+from evaluation.samples import sampler_settings
 
+BOTH = ["ddim", "ancestral"]
 TABLES = {
     "guidance": [dict(guidance=g) for g in (0.0, 1.0, 1.5, 2.0, 4.0)],
     "ancestral": [dict(guidance=g, sampler="ancestral") for g in (1.0, 2.0, 4.0)],
-    "10 steps": [dict(guidance=g, gaussian_steps=10, sampler=k) for k in ("ddim", "ancestral") for g in (1.0, 2.0, 4.0)],
-    "250 steps": [dict(guidance=g, gaussian_steps=250, sampler=k) for k in ("ddim", "ancestral") for g in (1.0, 2.0, 4.0)],
-    "a thousand steps": [dict(guidance=1.0, gaussian_steps=1000, sampler=k) for k in ("ddim", "ancestral")],
-    "asymmetric time": [dict(guidance=1.0, td=td, sampler=k) for k in ("ddim", "ancestral") for td in (.5, 1.0, 2.0)],
+    **{f"{steps} steps": [dict(guidance=g, sampler=name, gaussian_steps=steps) for name in BOTH
+                          for g in (1.0, 2.0, 4.0)] for steps in (10, 250)},
+    "a thousand steps": [dict(guidance=1.0, sampler=name, gaussian_steps=1000) for name in BOTH],
+    "asymmetric time": [dict(guidance=1.0, sampler=name, td=td) for name in BOTH
+                        for td in (0.5, 1.0, 2.0)],
 }
 
 
 def main(argv):
-    s = parse([a for a in argv if a not in TABLES], Evaluate())
-    at_least(s, 10, "digits")
-    k = open_checkpoint(s.out or HERE / "out/mnist")
-    k.method.net.compile(dynamic=False)                                               # one shape of batch: twice as fast on a CPU
+    named = [arg for arg in argv if arg in TABLES]
+    s = Evaluate(**parse([arg for arg in argv if arg not in named], Evaluate))
+    checkpoint = open_checkpoint(find_checkpoint(s.out, "mnist"))
+    check(s.digits and checkpoint.name == "mnist",
+          f"{checkpoint.path} is no checkpoint of mnist_ddpm.py, or digits is 0")
     print(stamp())
-    real = real_digits(k.meta["data"]["name"], s.data_dir, k.meta["data"]["sha256"])
+    real = real_digits(images_of(checkpoint, s))
     table, floor = digit_floor(real, s.digits, s.seed)
-    for title in [a for a in argv if a in TABLES] or TABLES:
+    for title in named or TABLES:
         for row in TABLES[title]:
-            t = replace(s, **row)
-            m, speed = digit_sample(k, real, t)
-            how = f"guidance {t.guidance:g}, {t.gaussian_steps} {t.sampler or Picture.sampler} steps" + f", td {t.td:g}" * bool(t.td)
-            table.add(*digit_row(f"{title}: {how}", m, floor, speed))
+            how = sampler_settings(checkpoint, replace(s, **row))
+            m, speed = sample_digits(checkpoint, real, s.digits, how)
+            first = f"{title}: guidance {how.guidance:g}, {how.steps} {how.sampler} steps"
+            if how.td:
+                first += f", td {how.td:g}"
+            table.add(*digit_row(first, m, floor, speed))
 
 
 if __name__ == "__main__":
