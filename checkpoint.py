@@ -1,11 +1,12 @@
-"""The folder of a run, and the checkpoints in it. Nothing there is ever moved or overwritten.
+"""The folder of a run, and the checkpoints in it. A new run never uses the folder of another.
 
     ckpt.pt    all that resuming needs
     best.pt    the EMA weights with the lowest bound, for everybody else
     log.csv    a line per evaluation
     status     the token of the process that trains here, or "finished"
 
-A checkpoint is a dict of tensors and plain Python: method, config, alphabet, data, step, ema.
+A checkpoint is a dict of tensors and plain Python: method, script, config, alphabet, data, step,
+ema; ckpt.pt has more.
 """
 import contextlib
 import os
@@ -18,7 +19,7 @@ import torch
 
 from config import DEVICE, HERE, RANK, check, parse, print0
 
-# the settings that --resume may change
+# the settings that --resume may change; dataset only to another path of the same data
 CHANGEABLE = ("dataset", "data_dir", "max_iters", "eval_interval", "compile", "batch_size",
               "grad_accum", "learning_rate", "weight_decay", "grad_clip", "ema", "dropout")
 FILES = ("ckpt.pt", "best.pt", "log.csv", "status", "samples.png")   # what a run may write
@@ -97,14 +98,14 @@ def is_finished(path):
 
 
 def find_checkpoint(typed, name):
-    """What to write with: the checkpoint typed, that of the newest finished run, or results/'s."""
+    """The checkpoint to sample from: typed, of the newest finished run, or the one in results/."""
     if typed:
         return Path(typed)
     found = newest_first(name, "best.pt")
     finished = [path for path in found if is_finished(path)]
     if found[:1] != finished[:1]:
         out = found[0].parent
-        print(f"{out} is newer, but not finished; --out={out} writes with it", file=sys.stderr)
+        print(f"{out} is newer, but not finished; --out={out} samples from it", file=sys.stderr)
     return [*finished, HERE / f"results/{name}.pt"][0]
 
 
@@ -144,8 +145,8 @@ def load(path, settings, build, methods):
 
 
 def start_or_resume(argv, settings, methods, recipes=None):
-    """-> the settings, and with --resume the checkpoint to go on from, whose settings are taken
-    where nothing else is typed. methods: what the run may be, by default the first."""
+    """-> the settings, and the checkpoint to go on from, or None without --resume. Resuming takes
+    its settings, but for what is typed. methods: what the run may be, the default first."""
     typed = parse(argv, settings, recipes)
     c = settings(**typed)
     if not c.resume:

@@ -6,7 +6,6 @@ fit and evaluate are shared by every script that trains.   settings: config.Mask
     python train.py --resume                    # goes on where it stopped; on a CPU, to the bit
     torchrun --nproc_per_node=2 train.py --grad_accum=2
 """
-import contextlib
 import copy
 import csv
 import functools
@@ -124,17 +123,13 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
     # the noise of a row comes from a seed of its own: it does not depend on batch_size
     seeds = np.random.SeedSequence((seed, W)).generate_state(W * levels).tolist()
 
-    nats = []
-    noise_level = []
+    results = []
     for rows in torch.arange(W * levels).split(batch_size):
         x0 = val[rows // levels].long()
-        row_nats, row_level = method.bound(x0, u[rows], [seeds[i] for i in rows])
-        nats.append(row_nats)
-        noise_level.append(row_level)
-    nats = torch.cat(nats).cpu().double()                              # (W levels,)
-    noise_level = torch.cat(noise_level).cpu().double()
+        results.append(method.bound(x0, u[rows], [seeds[i] for i in rows]))
+    nats, noise_level = [torch.cat(column).cpu().double() for column in zip(*results, strict=True)]
 
-    windows = nats.view(W, levels).mean(1)
+    windows = nats.view(W, levels).mean(1)                             # nats is (W levels,)
     bound = windows.mean().item()
     fifth = (5 * noise_level - 1e-6).ceil().clamp(1, 5)
     masked_ce = math.nan
@@ -164,16 +159,16 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     best_bound: float = math.inf
-    log: list = field(default_factory=list)                            # the rows of log.csv
-    loss_sum: torch.Tensor | float = 0.0                               # since the last evaluation
+    log: list = field(default_factory=list)      # the rows of log.csv
+    loss_sum: torch.Tensor | float = 0.0         # since the last evaluation
     loss_count: int = 0
 
 
 def fit(method, data, c, meta, show_sample, state=None):
     """Train method, an nn.Module whose forward(batch) is its loss; state: a checkpoint to go on
-    from. data: batch(n), val (W, T), T and unit; meta: what its checkpoints say beside the weights.
-    show_sample(ema, out) is called after every evaluation, out being the run's folder.
-    -> that folder, or None if the run was stopped"""
+    from. data: batch(n), val (W, T), T, unit; meta: what checkpoints say beside the weights.
+    show_sample(ema, folder) is called after every evaluation.
+    -> the run's folder, or None if it was stopped"""
     join_processes(c, meta)
     folder = RunFolder(c, meta, resumed=state is not None)
 
@@ -183,8 +178,7 @@ def fit(method, data, c, meta, show_sample, state=None):
     opts = build_optimizers(method, c)
     scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
     parts = {"model": method, "ema": ema, "scaler": scaler}
-    for opt in opts:
-        parts[type(opt).__name__] = opt
+    parts |= {type(opt).__name__: opt for opt in opts}
     progress = Progress()
     if state:
         folder.restore(parts, state)
@@ -193,16 +187,14 @@ def fit(method, data, c, meta, show_sample, state=None):
     print0(f"{meta['method']}, {n_params:,} parameters, {DEVICE} {AMP} x {WORLD_SIZE} | {data} | "
            "Ctrl-C saves, --resume goes on")
 
-    compile_at = None
-    if c.compile and c.max_iters >= 1000:
-        compile_at = max(progress.step, FIRST_EVAL)
+    compile_at = max(progress.step, FIRST_EVAL)
     stop = StopSignal()
     stopping = False
     start_time = time.perf_counter() - progress.seconds
     # disable=None: shown in a terminal only
     bar = tqdm(total=c.max_iters, initial=progress.step, disable=RANK > 0 or None)
     while progress.step < c.max_iters and not stopping:
-        if progress.step == compile_at:
+        if progress.step == compile_at and c.compile and c.max_iters >= 1000:
             compile_net(method, data, c)
             start_time = time.perf_counter() - progress.seconds
 
@@ -222,7 +214,9 @@ def fit(method, data, c, meta, show_sample, state=None):
             continue
         mean_loss = progress.loss_sum.item() / progress.loss_count
         bar.set_postfix_str(f"loss {mean_loss:.3f}")
-        check_finite(mean_loss, method, progress.step)
+        finite = all(p.isfinite().all() for p in method.parameters())
+        check(finite and math.isfinite(mean_loss), f"the loss, {mean_loss:.3g}, or a weight is no "
+              f"number at step {progress.step}: try a lower --learning_rate; what is saved is well")
 
         # the first process evaluates, saves and shows a sample; the others wait for it
         if RANK > 0 or not (evaluating or stopping):
@@ -233,11 +227,9 @@ def fit(method, data, c, meta, show_sample, state=None):
             progress.loss_count = 0
         states = {name: part.state_dict() for name, part in parts.items()}
         folder.save("ckpt.pt", {**states, "step": progress.step, "progress": vars(progress)})
-        with not_fatal("log.csv"):
-            write_log(folder.path / "log.csv", progress.log)
+        try_to_write(write_log, folder.path / "log.csv", progress.log)
         if evaluating:
-            with not_fatal("the sample"):
-                show_sample(ema, folder.path)
+            try_to_write(show_sample, ema, folder.path)
             start_time = time.perf_counter() - progress.seconds        # only steps count
 
     bar.close()
@@ -279,12 +271,8 @@ def main(argv):
 
 def log_evaluation(ema, data, c, folder, progress, mean_loss):
     """Print the bound of the averaged weights, add it to the log, and save the best of them."""
-    last_step = 0
-    last_seconds = 0.0
-    if progress.log:
-        last_step, last_seconds = progress.log[-1][:2]
-    n = (progress.step - last_step) * c.grad_accum * c.batch_size * data.T
-    speed = n / max(progress.seconds - last_seconds, 1e-9)
+    n_chars = progress.step * c.grad_accum * c.batch_size * data.T
+    speed = n_chars / progress.seconds                                 # of all steps so far
     e = evaluate(ema, *eval_subset(data.val, c, ema))
     print0(f"step {progress.step} | loss {mean_loss:.3f} | {describe(e, ema, data.unit)} | "
            f"{speed:,.0f} {data.unit}s/s")
@@ -296,27 +284,20 @@ def log_evaluation(ema, data, c, folder, progress, mean_loss):
         folder.save("best.pt", {"step": progress.step, "ema": ema.state_dict()})
 
 
-def write_log(path, rows):
-    with path.open("w", newline="") as f:
-        csv.writer(f).writerows([LOG_COLUMNS, *rows])
-
-
-@contextlib.contextmanager
-def not_fatal(what):
-    """What cannot be written here is said once, and training goes on."""
-    try:
-        yield
-    except OSError as error:
-        print_once(f"cannot write {what}, training goes on: {error}")
-
-
 print_once = functools.cache(print0)
 
 
-def check_finite(loss, method, step):
-    finite = all(p.isfinite().all() for p in method.parameters())
-    check(finite and math.isfinite(loss), f"the loss, {loss:.3g}, or a weight is no number at step "
-          f"{step}; what was saved is complete; try a lower --learning_rate")
+def try_to_write(write, *args):
+    """Call write(*args). What cannot be written is said once, and training goes on."""
+    try:
+        write(*args)
+    except OSError as error:
+        print_once(f"training goes on, but something was not written: {error}")
+
+
+def write_log(path, rows):
+    with path.open("w", newline="") as f:
+        csv.writer(f).writerows([LOG_COLUMNS, *rows])
 
 
 def evaluate_best(ema, data, folder):
