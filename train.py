@@ -30,6 +30,7 @@ from model import Transformer
 SETTINGS = Masked
 SAMPLER = Sample
 FIRST_EVAL = 100                                 # an early sample; compiling waits for it
+print_once = functools.cache(print0)
 LOG_COLUMNS = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]
 
 
@@ -128,7 +129,6 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
         x0 = val[rows // levels].long()
         results.append(method.bound(x0, u[rows], [seeds[i] for i in rows]))
     nats, noise_level = [torch.cat(column).cpu().double() for column in zip(*results, strict=True)]
-
     windows = nats.view(W, levels).mean(1)                             # nats is (W levels,)
     bound = windows.mean().item()
     fifth = (5 * noise_level - 1e-6).ceil().clamp(1, 5)
@@ -282,9 +282,6 @@ def log_evaluation(ema, data, c, folder, progress, mean_loss):
     if is_best or not (folder.path / "best.pt").exists():
         progress.best_bound = e["bound"]
         folder.save("best.pt", {"step": progress.step, "ema": ema.state_dict()})
-
-
-print_once = functools.cache(print0)
 
 
 def try_to_write(write, *args):

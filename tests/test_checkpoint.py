@@ -207,7 +207,7 @@ def test_as_it_is_typed_in_a_fresh_clone(corpus, copy):
     assert end(process)[0] == 0
     done = run("generate.py", "--length=8", "--steps=2", cwd=copy)
     first, second = done.stderr.splitlines()[:2]
-    assert f"--out={copy}/out/masked writes with it" in first
+    assert f"--out={copy}/out/masked samples from it" in first
     assert second.startswith(f"{copy}/results/masked.pt: masked, trained on shakespeare for 2,800")
     run("train.py", "--resume", "--max_iters=1", cwd=copy)
     done = run("generate.py", "--length=8", "--steps=2", cwd=copy)
