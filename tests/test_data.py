@@ -1,4 +1,5 @@
-"""Corpora against a server that cuts, stalls, lies and refuses; alphabets, windows and prompts."""
+"""Corpora against a server that cuts, stalls, lies and refuses; alphabets, windows and batches;
+MNIST and its stand-in."""
 import gzip
 import hashlib
 import http.server
@@ -6,47 +7,53 @@ import io
 import threading
 import time
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import last_line
 
 import data
-from config import Masked
-from data import Alphabet, Images, Text, digits, fetch, patches, whole
+import mnist_ddpm
+from config import Masked, Mnist
+from data import CharTokenizer, Text, download
+from mnist_ddpm import Images, draw_digits
 
 BODY = b"To be, or not to be, that is the question.\n" * 100
 SHA = hashlib.sha256(BODY).hexdigest()
 
 
+def zipped(name="corpus.txt", method=zipfile.ZIP_STORED):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", method) as z:
+        z.writestr(name, BODY)
+    return packed.getvalue()
+
+
+BROKEN = zipped(method=zipfile.ZIP_DEFLATED)
+BODIES = {"/corpus.zip": zipped(), "/lacking.zip": zipped("another.txt"), "/lie": b"x" * len(BODY),
+          "/broken.zip": BROKEN[:45] + b"x" * 15 + BROKEN[60:], "/cut.zip": zipped()[:-30]}
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/refuse":
-            return self.send_error(404)
-        body = BODY
-        if self.path == "/corpus.zip":
-            packed = io.BytesIO()
-            with zipfile.ZipFile(packed, "w") as z:
-                z.writestr("corpus.txt", BODY)
-            body = packed.getvalue()
-        if self.path == "/broken.zip":
-            packed = io.BytesIO()
-            with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
-                z.writestr("corpus.txt", BODY)
-            body = packed.getvalue().replace(packed.getvalue()[45:60], b"x" * 15)
-        if self.path == "/lie":
-            body = b"x" * len(BODY)
+            self.send_error(404)
+            return
         if self.path == "/portal":
-            return self.wfile.write(b"<html>please log in</html>\r\n\r\n")
+            self.wfile.write(b"<html>please log in</html>\r\n\r\n")
+            return
+        body = BODIES.get(self.path, BODY)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.path == "/stall":
+        if self.path in ("/cut", "/stall"):
             self.wfile.write(body[:100])
             self.wfile.flush()
-            time.sleep(3)
-        self.wfile.write(body[:100] if self.path in ("/cut", "/stall") else body)
+            if self.path == "/stall":
+                time.sleep(2)
+        else:
+            self.wfile.write(body)
 
     def log_message(self, *_):
         pass
@@ -60,178 +67,252 @@ def server():
     s.shutdown()
 
 
-@pytest.mark.parametrize("path, check", [("/whole", SHA), ("/whole", len(BODY)), ("/corpus.zip", SHA)])
-def test_fetch_verifies_unpacks_and_renames(server, tmp_path, path, check):
-    fetch([server + path], tmp_path / "data/corpus.txt", check, timeout=5)
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """A server that stalls is given up after half a second."""
+    request = data.urllib.request
+    honest = request.urlopen
+    monkeypatch.setattr(request, "urlopen", lambda url, timeout: honest(url, timeout=0.5))
+
+
+@pytest.mark.parametrize("path, expected", [("/whole", SHA), ("/whole", len(BODY)),
+                                            ("/corpus.zip", SHA)])
+def test_a_download_is_verified_unpacked_and_renamed(server, tmp_path, path, expected):
+    download([server + path], tmp_path / "data/corpus.txt", expected)
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["corpus.txt"]
     assert (tmp_path / "data/corpus.txt").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("path, check, says", [
-    ("/cut", SHA, "cut after 100 of 4,300"), ("/lie", SHA, "not the right file"), ("/stall", SHA, "timed out"), ("/refuse", SHA, "404"),
-    ("/whole", 99, "not the right file"), ("/portal", SHA, "portal"), ("/broken.zip", SHA, "broken.zip")])
-def test_a_bad_download_is_told_and_leaves_nothing(server, tmp_path, path, check, says):
+@pytest.mark.parametrize("path, expected, says", [
+    ("/cut", SHA, "not the expected file, 100 bytes|incomplete|IncompleteRead"),
+    ("/lie", SHA, "not the expected file, 4,300 bytes"), ("/stall", SHA, "timed out"),
+    ("/refuse", SHA, "404"), ("/whole", 99, "not the expected file"), ("/portal", SHA, "portal"),
+    ("/broken.zip", SHA, "broken.zip"), ("/cut.zip", SHA, "cut.zip"),
+    ("/lacking.zip", SHA, "no item named 'corpus.txt'")])
+def test_a_bad_download_is_told_and_leaves_nothing(server, tmp_path, path, expected, says):
     with pytest.raises(OSError, match=says):
-        fetch([server + path], tmp_path / "corpus.txt", check, timeout=1)
+        download([server + path], tmp_path / "corpus.txt", expected)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_second_address_is_tried(server, tmp_path):
-    fetch([server + "/cut", "http://127.0.0.1:9/", server + "/whole"], tmp_path / "corpus.txt", SHA, timeout=2)
+def test_the_next_address_is_tried(server, tmp_path):
+    urls = [server + "/cut", "http://127.0.0.1:9/", server + "/lie", server + "/whole"]
+    download(urls, tmp_path / "corpus.txt", SHA)
     assert (tmp_path / "corpus.txt").read_bytes() == BODY
 
 
-def corpora(monkeypatch, server, path="/whole"):
-    monkeypatch.setitem(data.CORPORA, "shakespeare", ("tinyshakespeare.txt", [server + path], SHA))
+@pytest.fixture
+def corpora(monkeypatch, server):
+    """A function that puts a path of the server in the place of tiny Shakespeare."""
+    def use(path):
+        entry = ("tinyshakespeare.txt", [server + path], SHA)
+        monkeypatch.setitem(data.CORPORA, "shakespeare", entry)
+    return use
 
 
-def test_auto_takes_shakespeare_if_it_can_be_had(server, tmp_path, monkeypatch):
-    corpora(monkeypatch, server)
+def test_auto_takes_shakespeare_if_it_can_be_had(corpora, tmp_path, capsys):
+    corpora("/whole")
     d = Text(Masked(data_dir=str(tmp_path), block_size=8))
-    assert d.name == "shakespeare" and not d.warning and (tmp_path / "tinyshakespeare.txt").exists()
+    assert d.name == "shakespeare" and d.meta["data"] == {"name": "shakespeare", "sha256": SHA}
+    assert capsys.readouterr().out == ""
+    corpora("/refuse")                                     # it is in the folder now
+    assert Text(Masked(data_dir=str(tmp_path), block_size=8)).name == "shakespeare"
 
 
 @pytest.mark.parametrize("path", ["/refuse", "/cut", "/lie"])
-def test_auto_falls_back_loudly_and_a_named_corpus_never(server, tmp_path, monkeypatch, path):
-    corpora(monkeypatch, server, path)
+def test_auto_falls_back_loudly_and_a_named_corpus_never(corpora, tmp_path, capsys, path):
+    corpora(path)
     d = Text(Masked(data_dir=str(tmp_path), block_size=8))
-    assert d.name == "pydoc" and "NO TINY SHAKESPEARE" in d.warning and "\n" not in d.warning
-    assert len(d.train) > 400_000 * .8
-    with pytest.raises(SystemExit, match="could not be downloaded"):
+    line, = capsys.readouterr().out.splitlines()
+    assert d.name == "pydoc" and line.startswith("NO TINY SHAKESPEARE, TRAINING ON PYTHON'S")
+    assert len(d.train) > 300_000
+    with pytest.raises(SystemExit) as e:
         Text(Masked(data_dir=str(tmp_path), dataset="shakespeare"))
+    assert "is not there and could not be downloaded" in last_line(e.value)
 
 
-def test_a_cut_file_on_disk_is_told_and_not_used(tmp_path):
-    (tmp_path / "tinyshakespeare.txt").write_bytes(BODY)
-    with pytest.raises(SystemExit, match="is not shakespeare: cut, or another file"):
+def test_a_cut_file_on_disk_is_told_and_not_used(corpora, tmp_path):
+    corpora("/whole")
+    (tmp_path / "tinyshakespeare.txt").write_bytes(BODY[:-1])
+    with pytest.raises(SystemExit) as e:
         Text(Masked(data_dir=str(tmp_path), dataset="shakespeare"))
+    assert "is cut, or another file; delete it" in last_line(e.value)
+    assert (tmp_path / "tinyshakespeare.txt").read_bytes() == BODY[:-1]
     assert Text(Masked(data_dir=str(tmp_path))).name == "pydoc"
 
+
+# -------------------------------------------------------------------------------------------------
+# text
 
 def test_split_windows_and_batches(tmp_path):
     path = tmp_path / "abc.txt"
     path.write_bytes("\ufeffab\r\ncé".encode() * 200)
     d = Text(Masked(dataset=str(path), block_size=7))
-    assert d.alphabet.chars == "\nabcé\ufeff"                       # only the first byte-order mark is one; \r is gone
-    n = int(.9 * (6 * 200 - 1))
-    assert d.train.dtype == torch.uint8 and len(d.train) == n and d.val.shape == ((6 * 200 - 1 - n) // 7, 7)
-    whole = torch.cat([d.train, d.val.flatten()]).long()
-    assert d.alphabet.decode(whole.tolist()) == path.read_text("utf-8-sig")[:len(whole)]
-    x = d.batch(500)
+    # only the first byte-order mark is one; \r is gone
+    assert d.tokenizer.chars == d.meta["alphabet"] == "\nabcé\ufeff"
+    N = 6 * 200 - 1
+    n = int(0.9 * N)
+    assert d.train.dtype == torch.uint8 and len(d.train) == n
+    assert d.val.shape == ((N - n) // 7, 7)
+    ids = torch.cat([d.train, d.val.flatten()]).tolist()
+    assert d.tokenizer.decode(ids) == path.read_text("utf-8-sig")[:len(ids)]
+    x = d.batch(2000)
     windows = {tuple(d.train[i:i + 7].tolist()) for i in range(n - 6)}
-    assert x.shape == (500, 7) and x.dtype == torch.int64 and {tuple(r) for r in x.tolist()} <= windows
+    assert x.shape == (2000, 7) and x.dtype == torch.int64
+    assert {tuple(row) for row in x.tolist()} == windows   # the first and the last one, too
+    few = Text(Masked(dataset=str(path), block_size=7, train_size=9))
+    assert torch.equal(few.train, d.train[:9]) and torch.equal(few.val, d.val)
+
+
+def test_text8_holds_out_the_tenth_before_the_last(monkeypatch):
+    letters = np.frombuffer(b"abcdefghij", np.uint8)
+    text = letters[np.arange(60_000_000) // 6_000_000].tobytes().decode()
+    monkeypatch.setattr(data, "load_text", lambda *_: (text, "text8"))
+    d = Text(Masked(block_size=100))
+    assert len(d.train) == 54_000_000 and d.val.numel() == 1_000_000
+    assert d.tokenizer.decode(d.val[0, :3].tolist()) == "jjj"
 
 
 def test_a_file_that_is_called_like_a_corpus_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "enwik8").write_text("caf\u00e9 " * 100, encoding="utf-8")
     d = Text(Masked(dataset="./enwik8", block_size=8))
-    assert d.name == "file enwik8" and "\u00e9" in d.alphabet.chars and not d.alphabet.raw
+    assert d.name == "file enwik8"
+    assert "\u00e9" in d.tokenizer.chars and not d.tokenizer.is_bytes
 
 
-def test_a_large_alphabet_takes_two_bytes(tmp_path):
+def test_enwik8_is_read_as_bytes_and_may_end_within_a_character(tmp_path, monkeypatch):
+    raw = "caf\u00e9 ".encode() * 10 ** 3 + b"\xc3"
+    (tmp_path / "enwik8").write_bytes(raw)
+    monkeypatch.setitem(data.CORPORA, "enwik8", ("enwik8", [], len(raw)))
+    text, name = data.load_text("enwik8", tmp_path)
+    assert name == "enwik8" and text.encode("utf-8", "surrogateescape") == raw
+    assert CharTokenizer(data.as_bytes(text), True).encode(text).shape == (len(raw),)
+
+
+@pytest.mark.parametrize("n, dtype", [(255, torch.uint8), (256, torch.int16), (500, torch.int16)])
+def test_a_large_alphabet_takes_two_bytes(tmp_path, n, dtype):
+    """An id more than the characters is the MASK's."""
     path = tmp_path / "many.txt"
-    path.write_text("".join(chr(0x4E00 + i % 500) for i in range(3000)), encoding="utf-8")
+    path.write_text("".join(chr(0x4E00 + i % n) for i in range(3000)), encoding="utf-8")
     d = Text(Masked(dataset=str(path), block_size=8))
-    assert d.train.dtype == torch.int16 and int(d.train.max()) == 499
+    assert d.train.dtype == dtype and int(d.train.max()) == n - 1
 
 
-def test_bytes_of_enwik8_come_back():
-    a = Alphabet("".join(map(chr, range(256))), raw=True)
-    ids, known = a.prompt("né{2}!")
-    assert known.tolist() == [True] * 3 + [False] * 2 + [True] and a.decode(ids.tolist()) == "né\0\0!"
-    assert a.decode([195]) == "�"                                   # half a character is shown, not raised
+def test_bytes_come_back_as_characters():
+    tokenizer = CharTokenizer("".join(map(chr, range(256))), is_bytes=True)
+    ids = tokenizer.encode("né!€").tolist()
+    assert ids == list("né!€".encode()) and tokenizer.decode(ids) == "né!€"
+    assert tokenizer.decode_each(ids) == ["n", "", "é", "!", "", "", "€"]
+    assert tokenizer.decode([195]) == "\ufffd"             # half a character is shown, not raised
+    assert tokenizer.decode([110, 256, 33]) == "n·!"
 
 
-def test_prompts():
-    a = Alphabet("\n {}abcn\\")
-
-    def parsed(text):
-        ids, known = a.prompt(text)
-        return "".join(a.show(i) if k else "_" for i, k in zip(ids.tolist(), known.tolist(), strict=True))
-
-    assert parsed("ab{3}c") == "ab___c"                             # blanks stand where they stand
-    assert parsed("{1}a{2}{1}") == "_a___"
-    assert parsed(r"a\nb") == "a\nb" and parsed("{{a}{2}b") == "{a}__b"
-    assert parsed("") == ""
-    for bad in ("{", "{x}", "{0}", "{-1}", "{12", "a{}"):
-        with pytest.raises(SystemExit, match="a blank is written"):
-            a.prompt(bad)
-    with pytest.raises(SystemExit, match="never seen 'Q'"):
-        a.prompt("aQ")
+def test_an_unknown_character_is_named():
+    tokenizer = CharTokenizer("ab\n")
+    assert tokenizer.encode("b\na").tolist() == [1, 2, 0]
+    with pytest.raises(SystemExit) as e:
+        tokenizer.encode("ab\U0001f600b")
+    assert "has never seen '\U0001f600', only 'ab\\n'" in last_line(e.value)
 
 
-# ---- images
+def test_colours_are_shown_only_where_someone_sees_them(monkeypatch):
+    """From red to green by confidence, a MASK grey; no control code of the text's own."""
+    tokenizer = CharTokenizer("a\n\x1b")
+    assert tokenizer.paint([0, 1, 3], [0.0, 1.0, 0.0]) == "a\n·"
+    monkeypatch.setattr(data, "COLOR", True)
+    painted = tokenizer.paint([0, 0, 1, 2, 3], [0.0, 1.0, 1.0, 1.0, 0.0])
+    colours = "\x1b[38;5;203ma\x1b[38;5;113ma\x1b[38;5;113m\n\x1b[38;5;113m\ufffd\x1b[38;5;240m·"
+    assert painted == colours + "\x1b[0m"
+
+
+# -------------------------------------------------------------------------------------------------
+# images
 
 @pytest.fixture
 def idx(tmp_path, monkeypatch):
-    """Four small idx files in tmp_path/mnist, and their sums in data.MNIST; no network."""
-    rng, parts = np.random.default_rng(0), {}
-    monkeypatch.setattr(data, "fetch", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    """Four small idx files in tmp_path/mnist, and their sums in MNIST; no network."""
+    def offline(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data, "download", offline)
+    rng = np.random.default_rng(0)
     (tmp_path / "mnist").mkdir()
-    for name, (file, urls, _) in list(data.MNIST.items()):
+    arrays = []
+    entries = []
+    for name, _ in mnist_ddpm.MNIST:
         n = 30 if "train" in name else 10
-        x = rng.integers(0, 256, (n, 28, 28), np.uint8) if "images" in name else rng.integers(0, 10, n, np.uint8)
-        raw = b"\0" * (16 if "images" in name else 8) + x.tobytes()
-        (tmp_path / file).write_bytes(gzip.compress(raw))
-        monkeypatch.setitem(data.MNIST, name, (file, urls, hashlib.sha256(raw).hexdigest()))
-        parts[name] = x
-    return tmp_path, parts
+        if "images" in name:
+            x = rng.integers(0, 256, (n, 28, 28), np.uint8)
+            raw = b"\0" * 16 + x.tobytes()
+        else:
+            x = rng.integers(0, 10, n, np.uint8)
+            raw = b"\0" * 8 + x.tobytes()
+        (tmp_path / f"mnist/{name}.gz").write_bytes(gzip.compress(raw))
+        arrays.append(x)
+        entries.append((name, hashlib.sha256(raw).hexdigest()))
+    monkeypatch.setattr(mnist_ddpm, "MNIST", entries)
+    return tmp_path, arrays
 
 
-def settings(**k):
-    return SimpleNamespace(**{"dataset": "mnist", "data_dir": "", "train_size": 0, "patch": 4, **k})
+def images(folder, **changes):
+    return Images(Mnist(**{"dataset": "mnist", "data_dir": str(folder), **changes}))
 
 
-def test_mnist_is_read_as_published(idx):
-    folder, parts = idx
-    d = Images(settings(data_dir=folder))
-    assert d.name == "mnist" and not d.warning and d.val.shape == (10, 49, 16) and d.T == 784
-    assert torch.equal(whole(d.val, 4), torch.from_numpy(parts["test images"])) and d.val_labels.tolist() == parts["test labels"].tolist()
+def test_mnist_is_read_as_published(idx, capsys):
+    folder, (train, labels, test, test_labels) = idx
+    d = images(folder, drop_label=0.3)
+    assert d.name == "mnist" and capsys.readouterr().out == "" and d.T == 784
+    assert d.val.tolist() == test.reshape(10, 784).tolist()
+    assert d.val_labels.tolist() == test_labels.tolist()
     torch.manual_seed(0)
-    x, y = d.batch(200)
-    pairs = {(im.tobytes(), int(label)) for im, label in zip(parts["train images"], parts["train labels"], strict=True)}
-    assert {(im.numpy().astype(np.uint8).tobytes(), int(label)) for im, label in zip(whole(x, 4), y, strict=True)} == pairs
-    assert len(Images(settings(data_dir=folder, train_size=7)).train) == 7
+    x, y = d.batch(3000)
+    hidden = y < 0
+    assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    seen = {(bytes(im), label) for im, label in zip(x[~hidden].tolist(), y[~hidden].tolist())}
+    assert seen == {(im.tobytes(), int(label)) for im, label in zip(train, labels)}
+    assert images(folder, train_size=7).train.shape == (7, 784)
+    assert images(folder, dataset="auto").name == "mnist"
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-40], lambda raw: raw[:60] + b"x" * 9 + raw[69:], lambda raw: gzip.compress(b"\0" * 99),
-                                    lambda raw: b""])
+@pytest.mark.parametrize("damage", ["cut", "overwritten", "another", "empty"])
 def test_a_damaged_mnist_is_told_and_never_replaced(idx, damage):
     folder, _ = idx
-    file = folder / data.MNIST["test images"][0]
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(SystemExit, match="dataset mnist: .*is not test images: cut, or another file"):
-        Images(settings(data_dir=folder))
-    assert file.exists()
+    file = folder / "mnist/t10k-images-idx3-ubyte.gz"
+    raw = file.read_bytes()
+    damaged = {"cut": raw[:-40], "overwritten": raw[:60] + b"x" * 9 + raw[69:],
+               "another": gzip.compress(b"\0" * 99), "empty": b""}[damage]
+    file.write_bytes(damaged)
+    with pytest.raises(SystemExit) as e:
+        images(folder)
+    assert "t10k-images-idx3-ubyte.gz is cut, or another file" in last_line(e.value)
+    assert file.read_bytes() == damaged
 
 
-def test_auto_says_loudly_that_it_took_the_stand_in(idx, tmp_path):
+def test_auto_says_loudly_that_it_took_the_stand_in(idx, capsys, monkeypatch):
     folder, _ = idx
-    assert Images(settings(dataset="auto", data_dir=folder)).name == "mnist"
-    d = Images(settings(dataset="auto", data_dir=tmp_path / "nothing"))
-    assert d.name == "digits" and d.warning.startswith("NO MNIST, TRAINING ON DIGITS DRAWN BY THIS PROGRAM") and "no network" in d.warning
+    few = draw_digits(50, 20)
+    monkeypatch.setattr(mnist_ddpm, "draw_digits", lambda: few)
+    assert images(folder / "nothing", dataset="auto").name == "digits"
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith("NO MNIST, TRAINING ON DIGITS DRAWN BY THIS PROGRAM")
+    assert "no network" in line
     with pytest.raises(SystemExit, match="could not be downloaded"):
-        Images(settings(data_dir=tmp_path / "nothing"))
+        images(folder / "nothing")
     with pytest.raises(SystemExit, match="no images 'cifar': one of auto, mnist, digits"):
-        Images(settings(dataset="cifar"))
+        images(folder, dataset="cifar")
 
 
 def test_digits_are_labelled_varied_and_always_the_same():
-    """The nearest of ten class means reads most of them right, no two are alike, and the same seed makes the same."""
-    d = digits(3000, 500)
-    x, y = (torch.from_numpy(d[f"train {k}"].copy()).float() for k in ("images", "labels"))
+    """The nearest of ten class means reads most of them right, no two are alike, and the same seed
+    makes the same."""
+    arrays = draw_digits(3000, 500)
+    x, y, test, label = [torch.from_numpy(a.copy()).float() for a in arrays]
     means = torch.stack([x[y == i].mean(0).flatten() for i in range(10)])
-    test, label = (torch.from_numpy(d[f"test {k}"].copy()).float() for k in ("images", "labels"))
-    right = (torch.cdist(test.flatten(1), means).argmin(1) == label).float().mean().item()
-    assert right > .5 and len({im.tobytes() for im in d["train images"]}) == 3000
-    assert d["train images"].min() == 0 and d["train images"].max() > 200 and (x.mean((1, 2)) > 10).all()
-    assert all((digits(3000, 500)[k] == v).all() for k, v in d.items())
-
-
-@pytest.mark.parametrize("p", [2, 4, 7])
-def test_patches_and_whole_are_inverse(p):
-    x = torch.arange(2 * 784).view(2, 28, 28)
-    y = patches(x, p)
-    assert y.shape == (2, (28 // p) ** 2, p * p) and torch.equal(whole(y, p), x)
-    assert y[0, 1].tolist() == x[0, :p, p:2 * p].flatten().tolist()
+    read = torch.cdist(test.flatten(1), means).argmin(1)
+    assert (read == label).float().mean() > 0.5
+    assert len({im.tobytes() for im in arrays[0]}) == 3000
+    assert x.min() == 0 and x.max() > 200 and (x.mean((1, 2)) > 10).all()
+    for a, b in zip(arrays, draw_digits(3000, 500), strict=True):
+        assert (a == b).all()
+    assert (draw_digits(300, 50, seed=1)[0] != draw_digits(300, 50)[0]).any()
