@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from conftest import run
 from test_bits import ABC, TINY
+from test_diffusion import descend
 from torch import nn
 
 import embed_diffusion
-import model
 import train
 from config import EMBED_RECIPES, LADDER, Embed, EmbedSampler, parse
 from data import CharTokenizer
@@ -57,22 +57,11 @@ def test_what_does_not_go_together_is_one_line(args):
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("recipe", EMBED_RECIPES)
 def test_every_recipe_trains_and_writes_and_only_a_learned_table_moves(recipe, half, monkeypatch):
-    """In fp16 with a scaler, which begins where training's does, too."""
-    if half:
-        monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", torch.float16))
     reseed(0)
     c = tiny(recipe)
     m = build(c, ABC)
     before = m.table.detach().clone()
-    scaler = torch.amp.GradScaler("cpu", enabled=half)
-    opt = torch.optim.AdamW(m.parameters(), 1e-2)
-    for _ in range(6):
-        opt.zero_grad()
-        scaler.scale(m(torch.randint(8, (16, 12)))).backward()
-        scaler.step(opt)
-        scaler.update()
-    for name, p in m.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+    descend(m, lambda: torch.randint(8, (16, 12)), 6, half, monkeypatch)
     assert torch.equal(before, m.table) != c.train_table
     if c.table_init == "unit":
         assert torch.allclose(m.table.norm(dim=1), torch.full((8,), c.row_norm), atol=1e-5)

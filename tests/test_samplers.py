@@ -204,33 +204,6 @@ def test_keep_apart_is_greedy(min_distance):
     assert first.min() > 350 and first.max() < 550         # each of nine equals leads as often
 
 
-@pytest.mark.parametrize("T, steps", [(128, 100), (128, 300), (256, 100), (10, 3)])
-def test_counts(T, steps):
-    """The documents' formula to the digit (never more than 3 at once here: their "final jump" does
-    not follow from it), and even counts."""
-    def revealed(counts):
-        k = T
-        out = []
-        for left in range(steps, 0, -1):
-            n = diffusion.num_to_reveal(counts, torch.tensor([k]), torch.tensor([T]), left, steps)
-            out.append(int(n.clamp(1, k)) if k else 0)
-            k -= out[-1]
-        assert k == 0
-        return out
-
-    masked = T
-    theirs = []
-    for t in reversed(range(steps)):
-        theirs.append(max(1, int(masked / (t + 1))) if masked else 0)
-        masked -= theirs[-1]
-    assert revealed("documents") == theirs
-    assert T == 10 or max(theirs) <= 3
-    quotient, remainder = divmod(T, steps)
-    even = [quotient + (i < remainder) for i in range(steps)]
-    assert revealed("even") == (even if T >= steps else [1] * T + [0] * (steps - T))
-    assert sum(revealed("cosine")) == T
-
-
 @pytest.mark.parametrize("counts", ALL_COUNTS)
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_sampler_finishes_and_keeps_the_prompt(order, counts):
@@ -268,15 +241,6 @@ def test_batch_rows_are_independent():
         results.append(x)
     assert torch.equal(results[0][0], results[1][0])
     assert not torch.equal(results[0], results[1])
-
-
-def test_the_share_masked_is_what_the_sampler_feeds():
-    known = torch.tensor([[True] * 3 + [False] * 5, [False] * 8])
-    m = MaskedDiffusion(Uniform(3), 3)
-    list(m.sample(torch.zeros(2, 8, dtype=torch.long), known, Sample(steps=5, remask=0.0)))
-    assert len(m.net.calls) == 5
-    for x, t in m.net.calls:
-        assert torch.equal(8 * t, (x == 3).sum(1).clamp(min=1).float())
 
 
 def test_remasking_takes_the_least_probable_when_revealed_and_never_the_prompt():

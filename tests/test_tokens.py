@@ -198,7 +198,7 @@ def test_tokens_that_are_clean_do_not_count_and_all_others_do():
 @pytest.mark.parametrize("loss", ["ce", "elbo"])
 def test_known_tokens_are_shown_clean_and_give_no_gradient(loss, monkeypatch):
     torch.manual_seed(0)
-    m = TokenDiffusion(Context(16, 27, 6), UNIT, loss=loss, **WIDE)
+    m = TokenDiffusion(Context(16, 27, 6), UNIT, loss=loss)
     known = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0]]).bool()
     monkeypatch.setattr(gaussian, "prompt_mask", lambda *_: known)
     x0 = torch.randint(27, (3, 6))
@@ -247,25 +247,6 @@ def test_prompt_masks():
         shape = (changes == n) & (known[:, 0] == start) & (known[:, -1] == end)
         assert shape.float().mean() > 0.005, (n, start, end)
     assert not gaussian.prompt_mask(100, 12, 0, "cpu").any()
-
-
-@pytest.mark.parametrize("how", [dict(), dict(two_pass=True), dict(sampler="ancestral", td=1)],
-                         ids=str)
-@pytest.mark.parametrize("stagger", [0, 3])
-def test_prompts_stay_and_are_shown_clean(stagger, how):
-    torch.manual_seed(0)
-    m = TokenDiffusion(Context(32, 27, 200), UNIT, self_cond=True, stagger=stagger, **WIDE)
-    x = torch.randint(27, (20, 200))
-    known = torch.rand(20, 200) < 0.5
-    frames = list(m.sample(x, known, sampler(**{"steps": 4, **how})))
-    assert len(frames) == 4 and len(m.net.calls) == 4 * (1 + how.get("two_pass", False))
-    for y, p in frames:
-        assert torch.equal(y[known], x[known]) and (p[known] == 1).all() and (p > 0).all()
-    for shown, t, _ in m.net.calls:
-        assert torch.allclose(shown[..., :16][known], UNIT[x][known]) and (t[known] == 0).all()
-    z, t, _ = m.net.calls[0]
-    assert (t[~known] == 1).all()
-    assert z[..., :16][~known].std().item() == pytest.approx(1, rel=0.02)
 
 
 # ---- what the network is shown
@@ -330,10 +311,11 @@ def test_the_sampler_walks_by_hand(two_pass):
     x = torch.randint(27, (2, 5))
     known = torch.tensor([[True] + [False] * 4, [False] * 5])
     frames = list(m.sample(x, known, sampler(steps=4, td=0.5, two_pass=two_pass)))
+    assert all((t[known] == 0).all() for _, t, _ in m.net.calls)
     calls = [(shown.double(), out) for shown, _, out in m.net.calls]
     z = calls[0][0][..., :16]
     before = torch.zeros(2, 5, 16).double()
-    for i, (y, _) in zip(range(4, 0, -1), frames, strict=True):
+    for i, (y, p) in zip(range(4, 0, -1), frames, strict=True):
         gamma, gamma_next = (
             m.gamma(torch.full((2, 1), max(step, 0) / 4, dtype=torch.float64))[0]
             .expand(2, 5).masked_fill(known, -6) for step in (i, i - 1.5))
@@ -346,7 +328,9 @@ def test_the_sampler_walks_by_hand(two_pass):
         assert torch.allclose(shown[0, 0, :16], UNIT[x[0, 0]].double())
         before = own_estimate(m, shown[..., :16], gamma, out)
         told = log_likelihood(shown[..., :16], gamma, UNIT.double())
-        assert torch.equal(y, torch.where(known, x, (out + told).argmax(-1)))
+        best, tokens = (out + told).softmax(-1).max(-1)
+        assert torch.equal(y, torch.where(known, x, tokens))
+        assert torch.allclose(p.double(), torch.where(known, 1.0, best), atol=1e-5)
         a, s = alpha_sigma(gamma)
         b, s_next = alpha_sigma(gamma_next)
         z = b * before + s_next * (shown[..., :16] - a * before) / s
