@@ -20,7 +20,7 @@ from generate import lay_out, write
 from train import reseed
 
 LONG = 8     # windows in a long text
-WISHES = ["no:e", "only:abcdefghijklmnopqrstuvwxyz \\n", "at:64=T", "line:30"]
+WISHES = ["no:e", "only:abcdefghijklmnopqrstuvwxyz \\n", "at:20=T", "line:30"]
 HYBRIDS = {
     **{f"diffusion, {steps} steps": dict(steps=steps) for steps in (50, 128, 400)},
     **{f"diffusion, td {td}, {steps} steps": dict(td=td, steps=steps)
@@ -91,8 +91,8 @@ def main(argv):
         x, *cost = write_texts(baseline, data.tokenizer, how, L)
         table.add(*sample_row("the baseline", x, data, scorer, None, *cost))
 
-    shares = {"steer": 0, "strength": 0, "texts that have it": 3, "allowed characters": 3}
-    table = Table("steering", shares | SAMPLE_COLUMNS)
+    more = {"strength": 0, "texts that have it": 3, "allowed characters": 3}
+    table = Table("steering", SAMPLE_COLUMNS | more)
     for steer in WISHES:
         allowed = steer_mask(steer, data.tokenizer, T).to(DEVICE)      # (T, V)
         for strength in (0.0, 1.0, 2.0, 5.0):
@@ -101,7 +101,7 @@ def main(argv):
             kept = allowed[torch.arange(T, device=DEVICE), x].double()  # (n, T)
             cells = [(share.mean().item(), share.std().item() / s.n ** 0.5)
                      for share in (kept.prod(1), kept.mean(1))]
-            table.add(steer, strength, *cells, *sample_row("", x, data, scorer, None, *cost))
+            table.add(*sample_row(steer, x, data, scorer, None, *cost), strength, *cells)
 
 
 if __name__ == "__main__":
