@@ -107,11 +107,8 @@ class EmbeddingDiffusion(TokenDiffusion):
         """As TokenDiffusion.sample. allowed (T, V) bool: steer towards these characters where they
         are to be written. ar: a function from a text (B, T) to the logits of the autoregressive
         baseline, which guide."""
-        if allowed is not None:
-            editable = ~known
-            if locked is not None:
-                editable = ~known & ~locked
-            allowed = allowed | ~editable[..., None]                   # (B, T, V)
+        if allowed is not None:                                        # locked is given, then
+            allowed = allowed | (known | locked)[..., None]            # (B, T, V)
 
         def predict_controlled(z, gamma, x_prev):
             if ar is None and allowed is None:

@@ -1,10 +1,7 @@
 """Gaussian diffusion of numbers, and of tokens through a table of codes.
 
-Both are nn.Modules around a network, with one interface:
-    forward(x0)            training loss
-    bound(x0, u, seeds)    as in diffusion.py
-    sample(...)            yields after every step: (z, xhat) of numbers, from noise z; (x,
-                           confidence) of tokens, from x and known, as in diffusion.py
+Both are nn.Modules around a network, with the interface of diffusion.py: forward(x0), bound(x0, u,
+seeds) and sample(...), which yields after every step, of numbers (z, xhat), from noise z.
 
 x0 (B, T) are tokens 0..V-1: characters, or grey levels of pixels. Their codes x (B, T, K) are rows
 of a table (V, K). The forward process is z = alpha x + sigma eps, with gamma = -log SNR, so that
@@ -15,7 +12,7 @@ z_1 at gamma_max. With xhat(z, gamma) predicting x (VDM),
                   + 1/2 int_{gamma_min}^{gamma_max} e^-gamma E|x - xhat|^2 dgamma
 
 which depends on the two ends of gamma but not on the schedule between them.
-t in [0, 1] and gamma are (B, 1), or (B, T) where each position has its own. z, gamma and xhat are
+t in [0, 1] and gamma are (B, 1), or (B, T) where each position has its own. z, gamma, xhat are
 float64, for noise near gamma_min is finer than fp32; network, logits and losses are fp32.
 """
 import math
@@ -292,7 +289,7 @@ class TokenDiffusion(GaussianDiffusion):
         return (weight * nats).sum().float() + self.regularizer(logits)
 
     def regularizer(self, logits):
-        return 0                            # EmbeddingDiffusion adds to the loss
+        return 0                            # EmbeddingDiffusion adds something
 
     @torch.no_grad()
     def sample(self, x, known, s, locked=None, predict_tokens=None):
