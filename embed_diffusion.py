@@ -107,7 +107,9 @@ class EmbeddingDiffusion(TokenDiffusion):
         """As TokenDiffusion.sample. allowed (T, V) bool: steer towards these characters where they
         are to be written. ar: a function from a text (B, T) to the logits of the autoregressive
         baseline, which guide."""
-        if allowed is not None:                                        # locked is given, then
+        if locked is None:
+            locked = torch.zeros_like(known)
+        if allowed is not None:
             allowed = allowed | (known | locked)[..., None]            # (B, T, V)
 
         def predict_controlled(z, gamma, x_prev):
