@@ -6,6 +6,7 @@ is rebuilt from the tables in results/, which keep the words they were printed w
 """
 import csv
 import re
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 README = ROOT / "README.md"
 JUDGED = ["judge, nats/char", "entropy, bits", "known words"]
+FOURGRAMS = "distinct 4-grams"
 SEEDS = ["1337", "1", "2"]
 
 
@@ -67,54 +69,52 @@ def picked(columns, *rows):
 # what the README shows: each function returns the head of its table, then the rows
 
 def progress():
-    seconds = log("masked", 100, "seconds")
-    bound = log("masked", 100, "bound")
-    rows = [["after", "2 cores with AVX-512 bf16", "bound, nats/char"],
-            ["100 steps, first sample", f"{seconds:.0f} s into training", f"{bound:.2f}"]]
-    for step in (800, 1600, 2800):
-        minutes = log("masked", step, "seconds") / 60
-        bound = log("masked", step, "bound")
-        rows.append([f"{step:,} steps", f"{minutes:.1f} min", f"{bound:.2f}"])
+    rows = [["after", "2 cores with AVX-512 bf16", "bound, nats/char"]]
+    for step in (100, 800, 1600, 2800):
+        seconds = log("masked", step, "seconds")
+        bound = f"{log('masked', step, 'bound'):.2f}"
+        rows.append([f"{step:,} steps", f"{seconds / 60:.1f} min", bound])
+        if step == 100:
+            rows[-1] = ["100 steps, first sample", f"{seconds:.0f} s into training", bound]
     return rows
 
 
 def bounds():
     nats = "nats a character or pixel"
-    ar = "judge of tiny Shakespeare (exact)"
     masked = [f"masked, seed {seed}" for seed in SEEDS]
+    columns = ["parameters", "steps", nats, "bits", "command"]
     return [
         ["model", "parameters", "steps", "bound, nats/char", "bits/char", "command"],
         ["masked, default, n = 3", *found("bounds", masked[0], "parameters", "steps"),
          *averaged("bounds", masked, nats, "bits"), "`python train.py --dataset=shakespeare`"],
-        [AR_TITLE, *found("bounds", ar, "parameters", "steps", nats, "bits", "command")]]
+        ["the twin (exact), dropout .1, n = 1, ± of the text",
+         *found("bounds", "judge of tiny Shakespeare (exact)", *columns)]]
 
 
 def samples():
-    columns = [*JUDGED, "names in 1,000", "distinct 4-grams", "overlap with training", "infilled"]
-    exact = "exact: `--order=random --temperature=1 --remask=0 --steps=128`"
-    return picked(columns, ("real, held out", "masked", "held out, beside 1,003,854 characters"),
+    return picked([*JUDGED, "names in 1,000", FOURGRAMS, "overlap with training", "infilled"],
+                  ("real, held out", "masked", "held out, beside 1,003,854 characters"),
                   ("default sampler, 256 calls", "masked", "results/masked.pt"),
-                  (exact, "masked:1", "results/masked.pt"))
+                  ("exact: `--order=random --temperature=1 --remask=0 --steps=128`", "masked:1",
+                   "results/masked.pt"))
 
 
 def calls():
-    head = "headtohead"
     best = "head to head: order="
     even = "even counts: order="
-    apart = "even counts, apart: order="
-    far = ", temperature=1.0, apart=4, steps="
     near = ", temperature=1.0, steps="
+    far = ", temperature=1.0, apart=4, steps="
     return picked(
         ["calls", *JUDGED],
-        ("real, held out", head, "held out"),
-        ("random: exact", head, f"{best}random{near}128"),
+        ("real, held out", "headtohead", "held out"),
+        ("random: exact", "headtohead", f"{best}random{near}128"),
         ("entropy (n = 100)", "samplers", f"{even}entropy{near}128"),
         ("margin (n = 100)", "samplers", f"{even}margin{near}128"),
-        ("margin, apart 4 (n = 100)", "samplers", f"{apart}margin{far}64"),
-        ("margin, apart 4", head, f"{best}margin{far}43"),
-        ("margin, apart 4, temperature 1.05", head,
+        ("margin, apart 4 (n = 100)", "samplers", f"even counts, apart: order=margin{far}64"),
+        ("margin, apart 4", "headtohead", f"{best}margin{far}43"),
+        ("margin, apart 4, temperature 1.05", "headtohead",
          f"{best}margin, temperature=1.05, apart=4, steps=43"),
-        *[("random, apart 4", head, f"{best}random{far}{steps}") for steps in (43, 16, 8)],
+        *[("random, apart 4", "headtohead", f"{best}random{far}{steps}") for steps in (43, 16, 8)],
         ("random, not apart (n = 100)", "samplers", f"{even}random{near}16"),
         ("most confident, not apart (n = 100)", "samplers", f"{even}confidence{near}16"),
         ("all at once (n = 100)", "samplers", f"one network call: order=random{near}1"))
@@ -131,8 +131,7 @@ def speed():
 def writing():
     rows = ["masked, one a call", "masked, three a call", "twin, one a call",
             "twin, nothing remembered", "bits", "embeddings"]
-    columns = ["network calls", "ms a call", "characters/s"]
-    return picked(columns, *[(row, "bench") for row in rows])
+    return picked(["network calls", "ms a call", "characters/s"], *[(row, "bench") for row in rows])
 
 
 def digits():
@@ -141,35 +140,36 @@ def digits():
     real = ["real, from the training set", "noise, pixel by pixel as in real ones", "real, blurred"]
     head, *floors = picked(columns, *[(row, "digits:7") for row in real])
     runs = [f"digits, seed {seed}" for seed in SEEDS]
-    levels = "`--recipe=levels`, 3,000 steps (186 ms each), n = 1, ± over pictures"
-    ddpm = "`--recipe=ddpm`: the paper's eps, linear, plain loss, n = 1, ± over pictures"
     return [
-        [*head, "bits/dim"],
-        *[[*row, ""] for row in floors],
+        [*head, "bits/dim"], *[[*row, ""] for row in floors],
         ["default: v, cosine, min-SNR, n = 3, ± over seeds",
          *averaged("digits:1", ["v-cosine", "v-cosine1", "v-cosine2"], *columns),
          *averaged("bounds", runs, "bits", digits=2)],
-        [levels, *[""] * 5, *found("bounds", "digits, levels", "bits")],
-        [ddpm, *found("digits:1", "ddpm", *columns), *found("bounds", "digits, ddpm", "bits")]]
+        ["`--recipe=levels`, 3,000 steps (186 ms each), n = 1, ± over pictures", *[""] * 5,
+         *found("bounds", "digits, levels", "bits")],
+        ["`--recipe=ddpm`: the paper's eps, linear, plain loss, n = 1, ± over pictures",
+         *found("digits:1", "ddpm", *columns), *found("bounds", "digits, ddpm", "bits")]]
 
 
 def td():
-    rows = []
-    for name, sampler in [("DDIM", "ddim"), ("ancestral", "ancestral")]:
-        for setting, first in [("0", ""), ("1", ", td=1.0"), ("10", ", td=10.0")]:
-            first = f"250 steps: sampler={sampler}{first}, gaussian_steps=250"
-            rows.append((f"{name}, td {setting}", "bits", first))
-    return picked([*JUDGED, "distinct 4-grams"],
-                  ("real, held out", "bits:4", "warpeace, held out"), *rows)
+    rows = [("real, held out", "bits:4", "warpeace, held out")]
+    for title, sampler in [("DDIM", "ddim"), ("ancestral", "ancestral")]:
+        for value, setting in [("0", ""), ("1", ", td=1.0"), ("10", ", td=10.0")]:
+            first = f"250 steps: sampler={sampler}{setting}, gaussian_steps=250"
+            rows.append((f"{title}, td {value}", "bits", first))
+    return picked([*JUDGED, FOURGRAMS], *rows)
 
 
-def side(corpus, real):
-    """All text models on a corpus: n = 3, ± over seeds. real: first cell of the held-out text."""
+def side(corpus, n_train):
+    """All text models on a corpus: n = 3, ± over seeds."""
     source = f"side-{corpus}"
-    columns = [*JUDGED, "distinct 4-grams"]
+    columns = [*JUDGED, FOURGRAMS]
+    real = found(source, f"held out, beside {n_train} characters", *columns, "characters/s")
     rows = [["", "parameters", "bound, nats/char", "bits/char", *columns, "characters/s"],
-            ["real, held out", "", "", "", *found(source, real, *columns, "characters/s")]]
-    for title, name in SIDE.items():
+            ["real, held out", "", "", "", *real]]
+    names = {"the twin (exact)": "twin", "masked": "masked", "embeddings": "embed",
+             "analog bits": "bits"}
+    for title, name in names.items():
         runs = [f"out/side/{corpus}/{name}.{seed}" for seed in SEEDS]
         rows.append([title, *found(source, runs[0], "parameters"),
                      *averaged(source, runs, "bound, nats/char", "bits/char"),
@@ -178,36 +178,24 @@ def side(corpus, real):
     return rows
 
 
-def side_shakespeare():
-    return side("shakespeare", "held out, beside 1,003,854 characters")
-
-
-def side_warpeace():
-    return side("warpeace", "held out, beside 2,876,590 characters")
-
-
 def hybrids():
     rows = ["diffusion, 50 steps", "diffusion, 128 steps", "diffusion, td 0.4, 50 steps",
             "blocks of 32, 32 steps each", "blocks of 32, 50 steps each",
             "guided, 0.25 of the twin, 50 steps", "guided, 0.5 of the twin, 50 steps", "the twin"]
-    columns = [*JUDGED, "distinct 4-grams", "calls", "characters/s"]
-    return picked(columns, ("real", "control", "held out"), *[(row, "control") for row in rows])
+    return picked([*JUDGED, FOURGRAMS, "calls", "characters/s"], ("real", "control", "held out"),
+                  *[(row, "control") for row in rows])
 
 
 def steering():
-    rows = []
-    for steer in ("no:e", "line:30"):
-        for i, strength in enumerate((0, 1, 2, 5)):
-            rows.append((f"{steer}, strength {strength}", f"control:{i}", steer))
-    return picked(["texts that have it", *JUDGED], *rows)
+    return picked(["texts that have it", *JUDGED],
+                  *[(f"{steer}, strength {strength}", f"control:{i}", steer)
+                    for steer in ("no:e", "line:30") for i, strength in enumerate((0, 1, 2, 5))])
 
 
-AR_TITLE = "the twin (exact), dropout .1, n = 1, ± of the text"
-SIDE = {"the twin (exact)": "twin", "masked": "masked", "embeddings": "embed",
-        "analog bits": "bits"}
-TABLES = {f.__name__.replace("_", "-"): f for f in (
-    progress, bounds, samples, calls, speed, writing, digits, td, hybrids, steering,
-    side_shakespeare, side_warpeace)}
+TABLES = {f.__name__: f for f in (progress, bounds, samples, calls, speed, writing, digits, td,
+                                  hybrids, steering)}
+TABLES["side-shakespeare"] = partial(side, "shakespeare", "1,003,854")
+TABLES["side-warpeace"] = partial(side, "warpeace", "2,876,590")
 
 
 def markdown(rows):
