@@ -128,7 +128,7 @@ def test_quick_trains_what_is_not_finished_and_measures_it(tmp_path, monkeypatch
                   "--gaussian_steps=3", "--steps=4", f"--json={tmp_path}/sub/table.json"])
     told = capsys.readouterr()
     lines = [line for line in told.out.splitlines() if line and not line.startswith("|")]
-    assert lines[0].startswith("`python -m evaluation") and len(lines) == 1 + 3 + 8, lines
+    assert lines[0].startswith("`python -m ") and len(lines) == 1 + 3 + 8, lines
     assert told.err.count("step 10 |") == 5 and told.err.count("wrote ") == 2
     names = ["ar", "bits", "embed", "masked", "mnist"]
     assert sorted(path.name for path in quick.iterdir()) == names
