@@ -10,14 +10,8 @@ machine; progress goes to stderr.    settings: likelihood.Evaluate
     python -m evaluation --bound=False --steps=16 --order=confidence
     python -m evaluation --out=out/mnist --guidance=1    # digits, beside real ones, noise and blur
 
-likelihood.py   Evaluate, Checkpoint, open_checkpoint(path), corpus(checkpoint, s), spaced_rows,
-                likelihood(method, val, draws), left_to_right(method, x0), likelihood_tables
-samples.py      sampler_settings(checkpoint, s), sample_texts(checkpoint, n, how), eval_model(s),
-                fitting(eval_model, checkpoint), eval_nll(eval_model, x), infilling, SAMPLE_COLUMNS,
-                sample_row(title, x, data, eval_model, infilled, n_calls, speed), sample_tables
-digits.py       images_of(checkpoint, s), real_digits(data), digit_floor, digit_row, sample_digits
-metrics.py      the scores;  diagnostics.py: why embeddings fail;  bench.py: speed
-report.py       stamp(), Table(title, columns), the page
+likelihood.py opens checkpoints and has the bound, samples.py writes and scores texts, digits.py
+images; metrics.py has the scores, report.py tables and the page.
 """
 import contextlib
 import json
@@ -30,6 +24,7 @@ import analog_bits
 import embed_diffusion
 import mnist_ddpm
 import train
+from checkpoint import is_finished
 from config import HERE, check, parse, run
 from evaluation import report
 from evaluation.diagnostics import cross_entropy_tables
@@ -66,11 +61,6 @@ def train_quick_runs(s):
     return replace(s, out=out, eval_model=ar, digits=0, n=min(s.n, 50))
 
 
-def is_finished(folder):
-    status = folder / "status"
-    return status.exists() and status.read_text() == "finished"
-
-
 def all_checkpoints():
     """Paths of all checkpoints under out/ and results/; of a run that has none yet, where it will
     be."""
@@ -101,7 +91,9 @@ def usable(paths, s):
             found.append(checkpoint)
         except SystemExit as error:
             reason = str(error)
-            reasons.append(reason if str(path) in reason else f"{path}: {reason}")
+            if str(path) not in reason:
+                reason = f"{path}: {reason}"
+            reasons.append(reason)
     for reason in reasons:
         print(reason, file=sys.stderr)
     if not found:
@@ -137,20 +129,18 @@ def check_writable(path):
         path.unlink()
 
 
-def write(path, text):
+def save_text(path, text):
     path.write_text(text, encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
 
 
-def measure(texts, digits, s):
-    """Print all tables. -> tables"""
+def measure(texts, digits, scorer, s):
+    """Print all tables; scorer: the evaluation model, or None for no samples of text. -> tables"""
     tables = []
     if s.bound and texts:
         tables += likelihood_tables(texts, s)
         tables += cross_entropy_tables(texts, s)
-    if s.n and texts:
-        with contextlib.redirect_stdout(sys.stderr):
-            scorer = eval_model(s)
+    if scorer:
         tables += sample_tables(texts, s, scorer)
     if digits:
         tables += digit_tables(digits, s)
@@ -172,10 +162,13 @@ def main(argv):
         checkpoints = usable([path for path in s.out.split(",") if path] or all_checkpoints(), s)
         for checkpoint in checkpoints:
             sampler_settings(checkpoint, s)          # a setting that is wrong ends here
-    texts = [checkpoint for checkpoint in checkpoints if checkpoint.meta["alphabet"]]
-    digits = [checkpoint for checkpoint in checkpoints if not checkpoint.meta["alphabet"]]
+        texts = [checkpoint for checkpoint in checkpoints if checkpoint.meta["alphabet"]]
+        digits = [checkpoint for checkpoint in checkpoints if not checkpoint.meta["alphabet"]]
+        scorer = None
+        if s.n and texts:
+            scorer = eval_model(s)
     print(report.stamp())
-    tables = measure(texts, digits, s)
+    tables = measure(texts, digits, scorer, s)
     if not page and not s.json:
         return
     runs = []
@@ -185,9 +178,9 @@ def main(argv):
     replays = [replay(checkpoint, s) for checkpoint in checkpoints]
     data = report.gather(report.stamp(), tables, runs, replays)
     if page:
-        write(page, report.page(data))
+        save_text(page, report.page(data))
     if s.json:
-        write(Path(s.json), json.dumps(data))
+        save_text(Path(s.json), json.dumps(data))
 
 
 if __name__ == "__main__":
