@@ -264,7 +264,7 @@ def descend(m, batch, n, half, monkeypatch, init_scale=2.0 ** 16):
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("objective", ["masked", "ar"])
 def test_untrained_it_scores_log_V_and_every_parameter_trains(objective, half, monkeypatch):
-    c = Masked(objective=objective, time=True, block_size=8, n_layer=2, n_head=2, n_embd=16)
+    c = Masked(objective=objective, time=not half, block_size=8, n_layer=2, n_head=2, n_embd=16)
     torch.manual_seed(0)
     m = build(c, {"alphabet": "abcde"})
     losses = descend(m, lambda: torch.randint(5, (16, 8)), 4, half, monkeypatch, 2.0 ** 10)

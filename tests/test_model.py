@@ -139,6 +139,9 @@ def test_near_noise_levels_differ_and_each_position_has_its_own(fp32):
     m = net(n_embd=64)
     t = torch.linspace(0, 0.99, 100)
     at = torch.cat(m.time(t), 2)[:, 0]                                 # (100, 6 C)
+    angle = t[:, None] * torch.logspace(3, 0, 32)
+    h = torch.cat([angle.cos(), angle.sin()], 1) @ m.time.fc.weight.T
+    assert torch.allclose(at, (h * h.sigmoid()) @ m.time.proj.weight.T, atol=1e-3)
     for step, low, high in ((0.005, 0.1, 2), (0.00001, 0, 0.01)):
         change = (torch.cat(m.time(t + step), 2)[:, 0] - at).norm(dim=1) / at.norm(dim=1)
         assert change.min() > low and change.max() < high

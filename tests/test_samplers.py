@@ -158,6 +158,17 @@ def test_texts_are_distributed_as_enumerated(how, x):
     check_distribution(draw(MaskedDiffusion(net, 3), 20000, s, x, known), 3, p)
 
 
+def test_confidence_is_the_probability_each_token_was_drawn_with():
+    s = Sample(**{**EXACT, "temperature": 0.5}, steps=1, top_k=2)
+    net = Table(3, 4)
+    x = torch.full((50, 4), 3)
+    (y, confidence), = MaskedDiffusion(net, 3).sample(x, x < 3, s)
+    _, _, drawn = one_call(net(x[:1], torch.ones(1))[0], [0, 1, 2, 3], 4, 1, Sample(
+        order="margin", temperature=0.5, top_k=2))
+    truth = torch.from_numpy(drawn)[torch.arange(4), y].float()
+    assert torch.allclose(confidence, truth, atol=1e-5) and truth.min() < 0.5
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_oracle_sampler_reproduces_the_joint(order):
     """One character a call: every honest order samples exactly the joint distribution."""
