@@ -87,13 +87,13 @@ def claim_folder(typed, name):
 
 
 def newest_first(name, file):
-    """The paths of a file in out/name, out/name.1, ..."""
+    """Those of the folders out/name, out/name.1, ... that have a file."""
     found = [*HERE.glob(f"out/{name}/{file}"), *HERE.glob(f"out/{name}.*/{file}")]
-    return sorted(found, key=os.path.getmtime, reverse=True)
+    return [path.parent for path in sorted(found, key=os.path.getmtime, reverse=True)]
 
 
-def is_finished(path):
-    status = path.with_name("status")
+def is_finished(folder):
+    status = folder / "status"
     return status.exists() and status.read_text() == "finished"
 
 
@@ -102,10 +102,10 @@ def find_checkpoint(typed, name):
     if typed:
         return Path(typed)
     found = newest_first(name, "best.pt")
-    finished = [path for path in found if is_finished(path)]
+    finished = [folder for folder in found if is_finished(folder)]
     if found[:1] != finished[:1]:
-        out = found[0].parent
-        print(f"{out} is newer, but not finished; --out={out} samples from it", file=sys.stderr)
+        print(f"{found[0]} is newer, but not finished; --out={found[0]} samples from it",
+              file=sys.stderr)
     return [*finished, HERE / f"results/{name}.pt"][0]
 
 
@@ -154,9 +154,10 @@ def start_or_resume(argv, settings, methods, recipes=None):
     name = typed.get("objective", methods[0])
     out = Path(c.out)
     if not c.out:
-        found = [path for path in newest_first(name, "ckpt.pt") if not is_finished(path)]
-        check(found, f"no run of {name} is unfinished: pass --out=FOLDER")
-        out = found[0].parent
+        found = newest_first(name, "ckpt.pt")
+        unfinished = [folder for folder in found if not is_finished(folder)]
+        check(unfinished, f"no run of {name} is unfinished: pass --out=FOLDER")
+        out = unfinished[0]
     state = read_checkpoint(out / "ckpt.pt", settings, methods)
     for key, new in typed.items():
         old = state["config"].get(key)

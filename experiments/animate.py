@@ -105,7 +105,7 @@ def moving_png(frames, delay=50, last_delay=1000):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + png_chunk(b"IEND", b"")
 
 
-def draw_text(argv):
+def animate_text(argv):
     s = SvgSample(**parse(argv, SvgSample))
     method, c, _, tokenizer = open_model(s.out, "masked", Masked, train.build, ["masked"])
     T = c.block_size
@@ -125,7 +125,7 @@ def draw_text(argv):
     return s.svg
 
 
-def draw_digits(argv):
+def animate_digits(argv):
     s = ImageSampler(**parse(argv, ImageSampler))
     path = find_checkpoint(s.out, "mnist")
     method, _, _ = load(path, Mnist, mnist_ddpm.build, ["mnist"])
@@ -141,9 +141,9 @@ def draw_digits(argv):
 def main(argv):
     names = [arg.partition("=")[0] for arg in argv]
     if "--png" in names:
-        to = draw_digits(argv)
+        to = animate_digits(argv)
     else:
-        to = draw_text(argv)
+        to = animate_text(argv)
     print(f"wrote {to}", file=sys.stderr)
 
 

@@ -37,7 +37,7 @@ LONG_TEXTS = {
 
 
 @dataclass(frozen=True)
-class Settings(Evaluate):
+class ControlSettings(Evaluate):
     ar: str = ""                   # the baseline's checkpoint
 
 
@@ -62,7 +62,7 @@ def write_texts(checkpoint, tokenizer, how, L):
 
 
 def main(argv):
-    s = Settings(**parse(argv, Settings))
+    s = ControlSettings(**parse(argv, Settings))
     check(s.n and s.out and s.ar, "--out=RUN of embed_diffusion.py, --ar=RUN of train.py "
                                   "--objective=ar, and n > 0 are needed")
     checkpoint = open_checkpoint(s.out)

@@ -59,7 +59,7 @@ def rounding_of(name):
     return "learned" if predict == "tokens" else "cosine"
 
 
-def measure(folder, s):
+def measure_rungs(folder, s):
     """-> the rows of results/ladder.csv, of the runs in folder by settings s."""
     runs = {name: rounding_of(name) for name in [*EMBED_RECIPES, *sorted(TITLES)]
             if (folder / name / "best.pt").exists()}
@@ -92,11 +92,11 @@ def measure(folder, s):
     return rows
 
 
-def bits(row, key="bound"):
+def in_bits(row, key="bound"):
     return float(row[key]) / math.log(2)
 
 
-def markdown(rows):
+def ladder_table(rows):
     """The lines of the table, and of a sample of each rung."""
     lines = [
         "| rung | what is new | bound, bits/char | cross-entropy of the predicted text in fifths "
@@ -106,11 +106,11 @@ def markdown(rows):
     samples = ["\nThe first of the samples; / is a new line:\n"]
     for r in rows:
         v = {key: float(r[key]) for key in r if key not in ("rung", "rounding", "sample")}
-        spread = f" ± {bits(r, 'spread'):.3f} (n = {r['n']})" if v["n"] > 1 else ""
+        spread = f" ± {in_bits(r, 'spread'):.3f} (n = {r['n']})" if v["n"] > 1 else ""
         ce = " ".join(f"{v[f'ce{i}']:.2f}" for i in range(5))
         title = f"{r['rung']}, {r['rounding']}"
         lines.append(
-            f"| {title} | {TITLES.get(r['rung'], '')} | {bits(r):,.3f}{spread} | {ce} | "
+            f"| {title} | {TITLES.get(r['rung'], '')} | {in_bits(r):,.3f}{spread} | {ce} | "
             f"{v['norm']:.2f}, {v['near']:.2f} | {v['order']:.2f} | {v['entropy']:.2f} | "
             f"{v['words']:.3f} ± {v['words_error']:.3f} | {v['fourgrams']:.3f} | "
             f"{v['judge']:.2f} |")
@@ -152,7 +152,7 @@ def dashes(x1, y1, x2, y2):
 def draw_rung(r, y):
     """The parts of a rung's row: a bar as long as its bound, cross-entropies by noise beside the
     unigram's, what samples and table are like, a sample in three lines."""
-    bound = bits(r)
+    bound = in_bits(r)
     number = f"{bound:,.2f}" if bound < LONGEST else f"{bound:,.1f}"
     parts = [bar(LEFT, y, x_of(bound) - LEFT, 22, "#1f6feb"),
              words(LEFT - 8, y + 15, r["rung"], more=' text-anchor="end"'),
@@ -193,7 +193,7 @@ def picture(rows):
 
 def main(argv):
     if argv:
-        rows = measure(Path(argv[0]), Evaluate(**parse(argv[1:], Evaluate)))
+        rows = measure_rungs(Path(argv[0]), Evaluate(**parse(argv[1:], Evaluate)))
         with TABLE.open("w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, rows[0])
             writer.writeheader()
@@ -201,7 +201,7 @@ def main(argv):
         print(stamp() + "\n")
     with TABLE.open(newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    print("\n".join(markdown(rows)))
+    print("\n".join(ladder_table(rows)))
     (HERE / "results/ladder.svg").write_text(picture(rows), encoding="utf-8")
 
 

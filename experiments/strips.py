@@ -15,7 +15,7 @@ from mnist_ddpm import N_CLASSES, grid, png, sample_images
 N_LOOKS = 8
 
 
-def looks(frames):
+def numbered(frames):
     """N_LOOKS of frames, evenly spaced, the first and the last among them, with their numbers."""
     every = torch.linspace(0, len(frames) - 1, N_LOOKS).round().int().tolist()
     return [(i, frames[i]) for i in every]
@@ -27,7 +27,7 @@ def main(argv):
     frames = list(sample_images(method, torch.arange(100) % N_CLASSES, ImageSampler()))
     last, _ = frames[-1]
     (HERE / "results/digits.png").write_bytes(png(grid(last, 20)))
-    strip = [z[digit] for digit in (7, 2) for _, (z, _) in looks(frames)]
+    strip = [z[digit] for digit in (7, 2) for _, (z, _) in numbered(frames)]
     (HERE / "results/strip.png").write_bytes(png(grid(torch.stack(strip), N_LOOKS)))
 
     method, c, meta = load(HERE / "results/masked.pt", Masked, train.build, ["masked"])
@@ -36,7 +36,7 @@ def main(argv):
     ids, known = lay_out([], s.length, c.block_size, method.mask_id)
     train.reseed(s.seed)
     texts = [ids, *(x[0] for x, _ in write(method, ids, known, c.block_size, s))]
-    for i, x in looks(texts):
+    for i, x in numbered(texts):
         text = tokenizer.decode(x.tolist()).replace("\n", "/")
         print(f"{i:3} calls   {text}")
 

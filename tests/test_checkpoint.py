@@ -164,12 +164,12 @@ def test_the_newest_finished_run_writes_else_the_shipped_one(home, capsys):
     make_run(home / "out/masked.10", "finished", age=20)
     make_run(home / "out/masked.9", "finished", age=30)    # by time, not by name
     capsys.readouterr()
-    assert find_checkpoint("", "masked") == home / "out/masked.10/best.pt"
+    assert find_checkpoint("", "masked") == home / "out/masked.10"
     assert capsys.readouterr() == ("", "")                 # an older unfinished run is not named
     make_run(home / "out/masked.11", "token", age=10)
     make_run(home / "out/masked.12", "token", age=5, names=["ckpt.pt"])   # cannot write yet
     make_run(home / "out/ar", "finished", age=1)           # is another method's
-    assert find_checkpoint("", "masked") == home / "out/masked.10/best.pt"
+    assert find_checkpoint("", "masked") == home / "out/masked.10"
     out, err = capsys.readouterr()
     line, = err.splitlines()                               # stdout is for the text
     assert f"{home}/out/masked.11 is newer, but not finished" in line and out == ""
@@ -211,12 +211,12 @@ def test_as_it_is_typed_in_a_fresh_clone(corpus, copy):
     assert second.startswith(f"{copy}/results/masked.pt: masked, trained on shakespeare for 2,800")
     run("train.py", "--resume", "--max_iters=1", cwd=copy)
     done = run("generate.py", "--length=8", "--steps=2", cwd=copy)
-    assert done.stderr.startswith(f"{copy}/out/masked/best.pt: masked, trained on file text.txt")
+    assert done.stderr.startswith(f"{copy}/out/masked: masked, trained on file text.txt")
     sample = ["analog_bits.py", "sample", "--length=8", "--steps=2"]
     line, = run(*sample, cwd=copy, code=1).stderr.splitlines()
     assert line.startswith(f"no checkpoint at {copy}/results/bits.pt: train first")
     run("analog_bits.py", corpus, *SHORT, cwd=copy)
-    assert f"{copy}/out/bits/best.pt: bits, " in run(*sample, cwd=copy).stderr
+    assert f"{copy}/out/bits: bits, " in run(*sample, cwd=copy).stderr
 
 
 # -------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_a_log_that_cannot_be_written_is_told_once(corpus, tmp_path, capsys, mon
 
     monkeypatch.setattr(train, "write_log", denied)
     said = trained_beside(corpus, tmp_path / "run", capsys)
-    assert said.count("cannot write log.csv, training goes on: ") == 1
+    assert said.count("training goes on, but something was not written: ") == 1
 
 
 def test_a_log_that_became_a_folder_stops_nothing(corpus, tmp_path, capsys, monkeypatch):
@@ -254,7 +254,7 @@ def test_a_log_that_became_a_folder_stops_nothing(corpus, tmp_path, capsys, monk
 
     monkeypatch.setattr(train, "write_log", in_the_way)
     said = trained_beside(corpus, tmp_path / "run", capsys)
-    assert said.count("cannot write log.csv, training goes on: ") == 1
+    assert said.count("training goes on, but something was not written: ") == 1
 
 
 def test_a_sample_that_cannot_be_written_stops_nothing(tmp_path, capsys, monkeypatch):
@@ -273,7 +273,7 @@ def test_a_sample_that_cannot_be_written_stops_nothing(tmp_path, capsys, monkeyp
     mnist_ddpm.main(["--dataset=digits", "--n_layer=1", "--n_head=1", "--n_embd=16",
                      "--batch_size=2", "--max_iters=4", "--eval_interval=2",
                      f"--out={tmp_path}/run"])
-    assert capsys.readouterr().out.count("cannot write the sample, training goes on: ") == 1
+    assert capsys.readouterr().out.count("training goes on, but something was not written: ") == 1
     assert read_state(tmp_path / "run")["step"] == 4
     assert (tmp_path / "run/status").read_text() == "finished"
 

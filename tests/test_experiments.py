@@ -374,7 +374,7 @@ def test_the_ladder_is_what_results_show():
         rows = list(ladder.csv.DictReader(f))
     assert ladder.picture(rows) == (ROOT / "results/ladder.svg").read_text(encoding="utf-8")
     printed = (ROOT / "results/ladder.md").read_text(encoding="utf-8")
-    assert "\n".join(ladder.markdown(rows)) in printed
+    assert "\n".join(ladder.ladder_table(rows)) in printed
 
 
 def test_the_ladder_measures_the_runs_there_are(corpus, runs, tmp_path, monkeypatch, capsys):
