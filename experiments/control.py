@@ -62,7 +62,7 @@ def write_texts(checkpoint, tokenizer, how, L):
 
 
 def main(argv):
-    s = ControlSettings(**parse(argv, Settings))
+    s = ControlSettings(**parse(argv, ControlSettings))
     check(s.n and s.out and s.ar, "--out=RUN of embed_diffusion.py, --ar=RUN of train.py "
                                   "--objective=ar, and n > 0 are needed")
     checkpoint = open_checkpoint(s.out)
