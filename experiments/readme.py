@@ -1,5 +1,6 @@
-"""Are the tables of README.md what results/ says? Each stands below a line <!-- table: NAME --> and
-is rebuilt from the tables in results/, which keep the words they were printed with. A second.
+"""Are the tables of README.md and docs/ what results/ says? Each stands below a line
+<!-- table: NAME --> and is rebuilt from the tables in results/, which keep the words they were
+printed with; here they get today's (docs/names.md). A second.
 
     python -m experiments.readme            # rebuilds them
     python -m experiments.readme --check    # names those that differ; exit 1 if there are any
@@ -14,7 +15,9 @@ from config import check, run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TODAY = {"judge, nats/char": "generative NLL, nats/char", "the twin": "the AR baseline",
+         "twin": "AR baseline"}
 JUDGED = ["judge, nats/char", "entropy, bits", "known words"]
 FOURGRAMS = "distinct 4-grams"
 SEEDS = ["1337", "1", "2"]
@@ -66,7 +69,7 @@ def picked(columns, *rows):
     return table
 
 
-# what the README shows: each function returns the head of its table, then the rows
+# what the pages show: each function returns the head of its table, then the rows
 
 def progress():
     rows = [["after", "2 cores with AVX-512 bf16", "bound, nats/char"]]
@@ -87,7 +90,7 @@ def bounds():
         ["model", "parameters", "steps", "bound, nats/char", "bits/char", "command"],
         ["masked, default, n = 3", *found("bounds", masked[0], "parameters", "steps"),
          *averaged("bounds", masked, nats, "bits"), "`python train.py --dataset=shakespeare`"],
-        ["the twin (exact), dropout .1, n = 1, ± of the text",
+        ["AR baseline (exact), dropout 0.1, n = 1, ± of the text",
          *found("bounds", "judge of tiny Shakespeare (exact)", *columns)]]
 
 
@@ -110,13 +113,15 @@ def calls():
         ("random: exact", "headtohead", f"{best}random{near}128"),
         ("entropy (n = 100)", "samplers", f"{even}entropy{near}128"),
         ("margin (n = 100)", "samplers", f"{even}margin{near}128"),
-        ("margin, apart 4 (n = 100)", "samplers", f"even counts, apart: order=margin{far}64"),
-        ("margin, apart 4", "headtohead", f"{best}margin{far}43"),
-        ("margin, apart 4, temperature 1.05", "headtohead",
+        ("margin, min_distance 4 (n = 100)", "samplers",
+         f"even counts, apart: order=margin{far}64"),
+        ("margin, min_distance 4", "headtohead", f"{best}margin{far}43"),
+        ("margin, min_distance 4, temperature 1.05", "headtohead",
          f"{best}margin, temperature=1.05, apart=4, steps=43"),
-        *[("random, apart 4", "headtohead", f"{best}random{far}{steps}") for steps in (43, 16, 8)],
-        ("random, not apart (n = 100)", "samplers", f"{even}random{near}16"),
-        ("most confident, not apart (n = 100)", "samplers", f"{even}confidence{near}16"),
+        *[("random, min_distance 4", "headtohead", f"{best}random{far}{steps}")
+          for steps in (43, 16, 8)],
+        ("random, min_distance 0 (n = 100)", "samplers", f"{even}random{near}16"),
+        ("most confident, min_distance 0 (n = 100)", "samplers", f"{even}confidence{near}16"),
         ("all at once (n = 100)", "samplers", f"one network call: order=random{near}1"))
 
 
@@ -167,7 +172,7 @@ def side(corpus, n_train):
     real = found(source, f"held out, beside {n_train} characters", *columns, "characters/s")
     rows = [["", "parameters", "bound, nats/char", "bits/char", *columns, "characters/s"],
             ["real, held out", "", "", "", *real]]
-    names = {"the twin (exact)": "twin", "masked": "masked", "embeddings": "embed",
+    names = {"AR baseline (exact)": "twin", "masked": "masked", "embeddings": "embed",
              "analog bits": "bits"}
     for title, name in names.items():
         runs = [f"out/side/{corpus}/{name}.{seed}" for seed in SEEDS]
@@ -176,6 +181,12 @@ def side(corpus, n_train):
                      *averaged(source, runs, *columns),
                      *averaged(source, runs, "characters/s", digits=0)])
     return rows
+
+
+def four():
+    """The table of the README: `side` of tiny Shakespeare, fewer columns, no errors."""
+    shown = [0, 2, 3, 4, 6, 8]
+    return [[row[i].split(" ±")[0] for i in shown] for row in side("shakespeare", "1,003,854")]
 
 
 def hybrids():
@@ -193,19 +204,19 @@ def steering():
 
 
 TABLES = {f.__name__: f for f in (progress, bounds, samples, calls, speed, writing, digits, td,
-                                  hybrids, steering)}
+                                  hybrids, steering, four)}
 TABLES["side-shakespeare"] = partial(side, "shakespeare", "1,003,854")
 TABLES["side-warpeace"] = partial(side, "warpeace", "2,876,590")
 
 
 def markdown(rows):
-    """Rows of cells as a table; numbers below 1 without their 0."""
-    lines = []
-    for row in rows:
-        cells = [re.sub(r"(?<![\d.,=])0(?=\.\d)", "", cell) for cell in row]
-        lines.append(f"| {' | '.join(cells)} |\n")
+    """Rows of cells as a table, in today's words."""
+    lines = [f"| {' | '.join(row)} |\n" for row in rows]
     rule = "|---|" + "---:|" * (len(rows[0]) - 1) + "\n"
-    return "".join([lines[0], rule, *lines[1:]])
+    table = "".join([lines[0], rule, *lines[1:]])
+    for old, new in TODAY.items():
+        table = table.replace(old, new)
+    return table
 
 
 def rebuilt(text):
@@ -224,15 +235,19 @@ def rebuilt(text):
 
 def main(argv):
     check(argv in ([], ["--check"]), __doc__)
-    try:
-        text, differ = rebuilt(README.read_text(encoding="utf-8"))
-    except KeyError as error:
-        raise SystemExit(f"{error}") from None
+    differ = []
+    for path in PAGES:
+        try:
+            text, names = rebuilt(path.read_text(encoding="utf-8"))
+        except KeyError as error:
+            raise SystemExit(f"{error}") from None
+        differ += [f"{path.name}: {name}" for name in names]
+        if names and not argv:
+            path.write_text(text, encoding="utf-8")
     names = ", ".join(differ)
     if argv:
-        check(not differ, f"README.md is not what results/ says: {names}")
+        check(not differ, f"not what results/ says: {names}")
     else:
-        README.write_text(text, encoding="utf-8")
         print(f"rebuilt {names or 'nothing: all as it should be'}")
 
 

@@ -22,6 +22,10 @@ TREE = [*TOP, *sorted(ROOT.glob("evaluation/*.py")), *sorted(ROOT.glob("experime
 SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in TREE}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+OF_OLD = {"LOG.md", "names.md"}      # these keep the commands and words of their day
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))
+        if path.name not in OF_OLD}
+PAGES = "\n".join([README, *DOCS.values()])
 
 CORE = {"config", "diffusion", "gaussian", "model", "data", "checkpoint", "train", "generate"}
 ARROWS = {
@@ -225,11 +229,11 @@ def test_scripts_and_samplers_are_what_they_say():
 
 
 # -------------------------------------------------------------------------------------------------
-# README
+# README and docs
 
 def test_readme_commands_name_real_files_and_settings():
     words = r"([\w./]+)((?: sample)?)((?: +--[^\s#`\"]+(?:\"[^\"]*\")?)*)"
-    commands = re.findall(rf"(?:python|torchrun --\S+) ((?:-m )?){words}", README)
+    commands = re.findall(rf"(?:python|torchrun --\S+) ((?:-m )?){words}", PAGES)
     assert len(commands) > 25
     modules = 0
     for module, file, sample, args in commands:
@@ -247,30 +251,51 @@ def test_readme_commands_name_real_files_and_settings():
             assert (ROOT / file).exists(), file
             settings = SCRIPTS[file + sample]
         names |= {f.name for f in dataclasses.fields(settings)}
-        assert set(re.findall(r"--(\w+)", args)) <= names, f"README: {file}{sample}{args}"
+        assert set(re.findall(r"--(\w+)", args)) <= names, f"README, docs: {file}{sample}{args}"
     assert modules > 5
 
 
 def test_readme_names_exist():
     """file.py: name means that file.py defines or mentions name; a path that is named is there."""
-    named = re.findall(r"`((?:\w+/)?\w+\.py): (\w+(?:\.\w+)?)`", README)
+    named = re.findall(r"`((?:\w+/)?\w+\.py): (\w+(?:\.\w+)?)`", PAGES)
     assert len(named) > 8
     for file, name in named:
         source = next(SOURCES[key] for key in (file, f"evaluation/{file}") if key in SOURCES)
         for part in name.split("."):
             defined = rf"(def|class) {part}\b|^{part}\b|\"{part}\"|^    {part}: |self\.{part} ="
-            assert re.search(defined, source, re.M), f"README: {file}: {name}"
+            assert re.search(defined, source, re.M), f"README, docs: {file}: {name}"
     folders = "results|tests|data|docs|evaluation|experiments"
-    for path in re.findall(rf"[(\s`]((?:{folders})/[\w./-]+\w)", README):
-        assert (ROOT / path).exists() or path.startswith("data/"), f"README: {path}"
+    for path in re.findall(rf"[(\s`]((?:{folders})/[\w./-]+\w)", PAGES):
+        assert (ROOT / path).exists() or path.startswith("data/"), f"README, docs: {path}"
 
 
-def test_readme_tables_are_what_results_say():
-    text, differ = readme.rebuilt(README)
-    assert text == README and not differ, "python -m experiments.readme"
-    assert set(re.findall(r"<!-- table: (\S+) -->", README)) == set(readme.TABLES)
-    changed, differ = readme.rebuilt(README.replace("1.549", "1.449"))
-    assert changed == README and differ == ["samples"]
+def test_links_and_pictures_are_there():
+    for folder, pages in [(ROOT, [README]), (ROOT / "docs", DOCS.values())]:
+        for page in pages:
+            links = re.findall(r"\]\(([^)#]+)[^)]*\)|src=\"([^\"]+)\"", page)
+            for link in (link for pair in links for link in pair if link):
+                assert link.startswith("http") or (folder / link).exists(), link
+    for name in DOCS:
+        assert f"(docs/{name})" in README, name
+
+
+def test_readme_is_short_and_says_how_much_there_is_to_read():
+    assert 9_000 <= len(README.encode()) <= 11_264
+    assert not re.search(r"±(?!1)|\btwins?\b|\bjudge[sd]?\b", README.replace("judge.pt", ""))
+    assert not re.search(r"(?<![\d.,=\w/])\.\d", PAGES), "numbers have their zero"
+    said = int(re.search(r"Some (\d+) lines", README)[1])
+    above = [SOURCES[name].split("\n# ---")[0] for name in ("model.py", "diffusion.py", "train.py")]
+    assert abs(sum(len(text.splitlines()) for text in above) - said) <= 10
+
+
+def test_tables_are_what_results_say():
+    differ = [name for path in readme.PAGES
+              for name in readme.rebuilt(path.read_text(encoding="utf-8"))[1]]
+    assert not differ, "python -m experiments.readme"
+    assert sorted(re.findall(r"(?m)^<!-- table: (\S+) -->$", PAGES)) == sorted(readme.TABLES)
+    assert re.findall(r"<!-- table: (\S+) -->", README) == ["four"]
+    changed, differ = readme.rebuilt(DOCS["masked.md"].replace("1.549", "1.449"))
+    assert changed == DOCS["masked.md"] and differ == ["samples"]
 
 
 def test_a_row_that_is_gone_is_told():
