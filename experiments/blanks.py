@@ -1,5 +1,5 @@
 """How often does generate.py find the length of a blank? Spans of a known length are cut out of
-held-out text, and their length is chosen again, beside chance. Six minutes on one CPU core.
+held-out text, and their length is chosen again, beside chance. Half an hour on one CPU core.
 
     python -m experiments.blanks --out=results/masked.pt --n=100
 

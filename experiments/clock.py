@@ -1,6 +1,6 @@
 """What is the masked CE of a model at the mask rates of others? Total cross-entropy over masked
 characters, which most projects call validation loss, depends on how many are masked; document
-004, whose 2.29 it is set beside, has the cosine schedule. Two minutes on one CPU core.
+004, whose 2.29 it is set beside, has the cosine schedule. A few minutes on one core.
 
     python -m experiments.clock --out=results/masked.pt
 """
