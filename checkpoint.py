@@ -9,6 +9,8 @@ A checkpoint is a dict of tensors and plain Python: method, script, config, alph
 ema; ckpt.pt has more.
 """
 import contextlib
+import csv
+import functools
 import os
 import secrets
 import sys
@@ -20,8 +22,9 @@ import torch
 from config import DEVICE, HERE, RANK, check, parse, print0
 
 # the settings that --resume may change; dataset only to another path of the same data
-CHANGEABLE = ("dataset", "data_dir", "max_iters", "eval_interval", "compile", "batch_size",
-              "grad_accum", "learning_rate", "weight_decay", "grad_clip", "ema", "dropout")
+CHANGEABLE = ("dataset", "data_dir", "max_iters", "eval_interval", "windows", "compile", "dropout",
+              "batch_size", "grad_accum", "learning_rate", "weight_decay", "grad_clip", "ema")
+LOG_COLUMNS = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]
 FILES = ("ckpt.pt", "best.pt", "log.csv", "status", "samples.png")   # what a run may write
 
 
@@ -165,3 +168,19 @@ def start_or_resume(argv, settings, methods, recipes=None):
             check(key in CHANGEABLE, f"this run has {key}={old}, which cannot become {new}")
             print0(f"{key}: {old} -> {new}")
     return settings(**{**state["config"], **typed, "out": str(out)}), state
+
+
+def write_log(path, rows):
+    with path.open("w", newline="") as f:
+        csv.writer(f).writerows([LOG_COLUMNS, *rows])
+
+
+def try_to_write(write, *args):
+    """Call write(*args). What cannot be written is said once, and training goes on."""
+    try:
+        write(*args)
+    except OSError as error:
+        print_once(f"training goes on, but something was not written: {error}")
+
+
+print_once = functools.cache(print0)

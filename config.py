@@ -49,7 +49,7 @@ if GPU and WORLD_SIZE > 1:
 
 # settings that are 1 or more; other numbers are 0 or more, unless their default is negative
 ONE_OR_MORE = {"max_iters", "eval_interval", "n_layer", "n_head", "n_embd", "batch_size", "dim",
-               "grad_accum", "block_size", "steps", "n", "block"}
+               "grad_accum", "block_size", "steps", "n", "block", "windows"}
 
 
 class Settings:
@@ -76,6 +76,7 @@ class Config(Settings):   # every script that trains
     seed: int = 1337
     max_iters: int = 20000 if GPU else 2800
     eval_interval: int = 1000 if GPU else 400
+    windows: int = 4000            # of the validation text, that the last evaluation takes at most
     compile: bool = True           # after step 100, in runs of 1,000 steps or more
     # model
     block_size: int = 256 if GPU else 128
@@ -175,11 +176,10 @@ class Embed(Codes):   # embed_diffusion.py: the codes are embeddings of characte
         losses = {"tokens": ("ce", "elbo"), "x0": ("simple", "diffusion-lm"), "eps": ("simple",)}
         check(self.loss in losses[self.predict],
               f"predict={self.predict} has loss={' or '.join(losses[self.predict])}")
-        needs_tokens = self.self_cond or self.output_prior or self.feed_posterior
-        needs_tokens = needs_tokens or self.stagger or self.prompts or self.fluency
-        check(self.predict == "tokens" or not needs_tokens,
-              "self_cond, output_prior, feed_posterior, stagger, prompts and fluency need "
-              f"predict=tokens, not {self.predict}")
+        needs_tokens = (self.self_cond, self.output_prior, self.feed_posterior, self.stagger,
+                        self.prompts, self.fluency)
+        check(self.predict == "tokens" or not any(needs_tokens), "self_cond, output_prior, "
+              "feed_posterior, stagger, prompts and fluency need predict=tokens")
         check(not self.table or self.table_init == "unit", "table needs table_init=unit")
 
 # From the usual baseline, which fails, to its cure, one change at a time.

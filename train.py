@@ -7,8 +7,6 @@ fit and evaluate are shared by every script that trains.   settings: config.Mask
     torchrun --nproc_per_node=2 train.py --grad_accum=2
 """
 import copy
-import csv
-import functools
 import math
 import signal
 import time
@@ -21,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import RunFolder, start_or_resume
+from checkpoint import RunFolder, start_or_resume, try_to_write, write_log
 from config import AMP, DEVICE, GPU, RANK, WORLD_SIZE, Masked, Sample, check, print0, run
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
@@ -30,8 +28,6 @@ from model import Transformer
 SETTINGS = Masked
 SAMPLER = Sample
 FIRST_EVAL = 100                                 # an early sample; compiling waits for it
-print_once = functools.cache(print0)
-LOG_COLUMNS = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]
 
 
 def build(c, meta):
@@ -125,7 +121,8 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
     seeds = np.random.SeedSequence((seed, W)).generate_state(W * levels).tolist()
 
     results = []
-    for rows in torch.arange(W * levels).split(batch_size):
+    batches = torch.arange(W * levels).split(batch_size)
+    for rows in tqdm(batches, desc="evaluating", leave=False, disable=RANK > 0 or None):
         x0 = val[rows // levels].long()
         results.append(method.bound(x0, u[rows], [seeds[i] for i in rows]))
     nats, noise_level = [torch.cat(column).cpu().double() for column in zip(*results, strict=True)]
@@ -240,7 +237,7 @@ def fit(method, data, c, meta, show_sample, state=None):
         print0(f"stopped at step {progress.step}, saved in {folder.path}; --resume goes on")
         return None
     if RANK == 0:
-        evaluate_best(ema, data, folder)
+        evaluate_best(ema, data, folder, c.windows)
     return folder.path
 
 
@@ -284,29 +281,28 @@ def log_evaluation(ema, data, c, folder, progress, mean_loss):
         folder.save("best.pt", {"step": progress.step, "ema": ema.state_dict()})
 
 
-def try_to_write(write, *args):
-    """Call write(*args). What cannot be written is said once, and training goes on."""
-    try:
-        write(*args)
-    except OSError as error:
-        print_once(f"training goes on, but something was not written: {error}")
-
-
-def write_log(path, rows):
-    with path.open("w", newline="") as f:
-        csv.writer(f).writerows([LOG_COLUMNS, *rows])
-
-
-def evaluate_best(ema, data, folder):
-    """Add to the best weights of a run their bound on the whole validation split."""
+def evaluate_best(ema, data, folder, max_windows):
+    """Add to the best weights of a run their bound on the validation split, or on so many windows
+    of it; the run is then finished."""
     best = torch.load(folder.path / "best.pt", map_location=DEVICE, weights_only=True)
     ema.load_state_dict(best["ema"])
-    e = evaluate(ema, data.val, ema.eval_levels)
+    val = spaced_rows(data.val, max_windows)
+    try:
+        e = evaluate(ema, val, ema.eval_levels)
+    except KeyboardInterrupt:
+        raise SystemExit(f"the run is saved in {folder.path}; --resume evaluates it") from None
     folder.save("best.pt", {"step": best["step"], "ema": best["ema"], "bound": e["bound"],
                             "stderr": e["stderr"]})
     folder.write_status("finished")
-    print0(f"best weights, of step {best['step']}, over the whole validation split: "
-           f"{describe(e, ema, data.unit)}")
+    part = "the whole validation split"
+    if len(val) < len(data.val):
+        part = f"{len(val):,} of {len(data.val):,} windows"
+    print0(f"best weights, of step {best['step']}, over {part}: {describe(e, ema, data.unit)}")
+
+
+def spaced_rows(x, n):
+    """n evenly spaced rows of x, or all if it has fewer."""
+    return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
 
 
 def eval_subset(val, c, method):
@@ -314,8 +310,7 @@ def eval_subset(val, c, method):
     since the last evaluation, for a twentieth of the time, as there is no backward pass."""
     levels = min(4, method.eval_levels)
     passes = c.eval_interval * c.batch_size * c.grad_accum // WORLD_SIZE // 10
-    n = min(len(val), max(2, passes // levels))
-    return val[torch.linspace(0, len(val) - 1, n).long()], levels
+    return spaced_rows(val, max(2, passes // levels)), levels
 
 
 def describe(e, method, unit):

@@ -19,7 +19,7 @@ from config import GPU, HERE, Masked, Settings, check
 from data import Text
 from diffusion import MaskedDiffusion
 from evaluation.report import Table
-from train import block_stderr
+from train import block_stderr, spaced_rows
 
 
 @dataclass(frozen=True)
@@ -130,26 +130,8 @@ def corpus(checkpoint, s):
     return data
 
 
-def spaced_rows(x, n):
-    """At most n evenly spaced rows of x, the first and the last among them."""
-    return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
-
-
 # -------------------------------------------------------------------------------------------------
 # the bound
-
-class WithBar:
-    """A method whose calls of bound move a progress bar."""
-
-    def __init__(self, method, bar):
-        self.method = method
-        self.bar = bar
-        self.noise_name = method.noise_name
-
-    def bound(self, x0, u, seeds):
-        self.bar.update(len(x0))
-        return self.method.bound(x0, u, seeds)
-
 
 def likelihood(method, val, draws=2):
     """The bound of a method on val (W, T), from so many sets of masks or noise. -> dict: bound,
@@ -160,11 +142,7 @@ def likelihood(method, val, draws=2):
     levels = method.eval_levels
     if levels == 1:
         draws = 1
-    sets = []
-    total = draws * len(val) * levels
-    with tqdm(total=total, desc="bound", leave=False, disable=None) as bar:
-        for seed in range(draws):
-            sets.append(train.evaluate(WithBar(method, bar), val, levels, seed=seed))
+    sets = [train.evaluate(method, val, levels, seed=seed) for seed in range(draws)]
     each = torch.stack([e["windows"] for e in sets])                   # (draws, W)
     windows = each.mean(0)
     mc = 0.0
