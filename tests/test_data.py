@@ -72,7 +72,14 @@ def impatient(monkeypatch):
     """A server that stalls is given up after half a second."""
     request = data.urllib.request
     honest = request.urlopen
-    monkeypatch.setattr(request, "urlopen", lambda url, timeout: honest(url, timeout=0.5))
+
+    def urlopen(url, timeout):
+        assert timeout <= 20
+        if url.endswith("/stall"):
+            timeout = 0.5
+        return honest(url, timeout=timeout)
+
+    monkeypatch.setattr(request, "urlopen", urlopen)
 
 
 @pytest.mark.parametrize("path, expected", [("/whole", SHA), ("/whole", len(BODY)),

@@ -1,19 +1,18 @@
-"""mnist_ddpm.py: pictures that are what was drawn, labels and guidance, and the script as a
-newcomer types it, on digits drawn by the program."""
+"""mnist_ddpm.py: pictures that are what was drawn, labels and guidance, and the script as it is
+typed, on digits drawn by the program."""
 import struct
 import zlib
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run
 
+import generate
+import mnist_ddpm
 from config import MNIST_RECIPES, ImageSampler, Mnist
 from mnist_ddpm import build, grid, noise_to_digit, png, sample_images, to_bytes
 
 NET = dict(n_layer=1, n_head=1, n_embd=16)
-SMALL = ["--dataset=digits", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8",
-         "--max_iters=10", "--eval_interval=10", "--train_size=500"]
 
 
 def randomized(c, std=0.1):
@@ -142,19 +141,24 @@ def test_a_strip_is_looks_at_one_digit_from_noise_on():
     assert torch.equal(strip, torch.cat([frames[i] for i in (0, 6, 13, 19)], 1))
 
 
-def test_train_sample_resume_and_the_wrong_script(tmp_path):
+def test_train_sample_resume_and_the_wrong_script(tmp_path, monkeypatch, capsys):
+    few = mnist_ddpm.draw_digits(100, 20)
+    monkeypatch.setattr(mnist_ddpm, "draw_digits", lambda: few)
     out = f"--out={tmp_path}/mnist"
-    done = run("mnist_ddpm.py", *SMALL, out)
-    assert "nats/pixel" in done.stdout and "masked CE" not in done.stdout
-    assert "by noise level" in done.stdout
-    assert f"done: python mnist_ddpm.py sample {out}\n" in done.stdout
+    small = [f"--{name}={value}" for name, value in NET.items()]
+    mnist_ddpm.main([*small, "--dataset=digits", "--batch_size=8", "--max_iters=4", out])
+    said = capsys.readouterr().out
+    assert "nats/pixel" in said and "masked CE" not in said and "by noise level" in said
+    assert f"a hundred digits: {tmp_path}/mnist/samples.png\n" in said
+    assert f"done: python mnist_ddpm.py sample {out}\n" in said
     assert read_png((tmp_path / "mnist/samples.png").read_bytes()).shape == (280, 280)
-    done = run("mnist_ddpm.py", "sample", out, "--n=6", "--digit=7", "--guidance=2", "--steps=4",
-               "--trace", f"--png={tmp_path}/a.png")
-    assert "6 digits, 4 ddim steps, guidance 2\n" in done.stdout
+    mnist_ddpm.main(["sample", out, "--n=6", "--digit=7", "--guidance=2", "--steps=4", "--trace",
+                     f"--png={tmp_path}/a.png"])
+    assert "6 digits, 4 ddim steps, guidance 2\n" in capsys.readouterr().out
     assert read_png((tmp_path / "a.png").read_bytes()).shape == (28, 6 * 28)
     assert read_png((tmp_path / "strip.png").read_bytes()).shape == (28, 4 * 28)
-    assert "is a mnist checkpoint, not masked" in run("generate.py", out, code=1).stderr
+    with pytest.raises(SystemExit, match="is a mnist checkpoint, not masked or ar$"):
+        generate.main([out])
     for change in ("--predict=x0", "--recipe=ddpm"):
-        done = run("mnist_ddpm.py", "--resume", out, change, "--max_iters=200", code=1)
-        assert "this run has predict=v, which cannot become" in done.stderr
+        with pytest.raises(SystemExit, match="this run has predict=v, which cannot become"):
+            mnist_ddpm.main(["--resume", out, change, "--max_iters=200"])

@@ -281,16 +281,16 @@ def test_every_process_looks_at_windows_over_the_whole_split(corpus):
 # -------------------------------------------------------------------------------------------------
 # several processes
 
-def torchrun(port, *args):
-    return start("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-                 *args)
+def torchrun(*args):
+    """On a port that is free."""
+    return start("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *args)
 
 
 @pytest.mark.parametrize("script", ["train.py", "embed_diffusion.py --fluency=1"])
 def test_two_processes_equal_one(script, corpus, tmp_path):
     args = [*script.split(), corpus, *TINY, "--max_iters=6", "--eval_interval=3", "--grad_accum=2"]
     one = start(*args, f"--out={tmp_path}/one")
-    two = torchrun(29617, *args, f"--out={tmp_path}/two")
+    two = torchrun(*args, f"--out={tmp_path}/two")
     for process in (one, two):
         code, out = end(process)
         assert code == 0, out
@@ -306,7 +306,7 @@ def test_two_processes_equal_one(script, corpus, tmp_path):
 
 
 def test_three_micro_batches_do_not_fit_two_processes(corpus, tmp_path):
-    process = torchrun(29618, "train.py", corpus, *TINY, "--grad_accum=3", f"--out={tmp_path}/run")
+    process = torchrun("train.py", corpus, *TINY, "--grad_accum=3", f"--out={tmp_path}/run")
     code, out = end(process)
     assert code and "grad_accum=3 is not a multiple of the 2 processes" in out
 
@@ -317,13 +317,13 @@ def test_processes_that_read_different_texts_stop(corpus, tmp_path):
         (tmp_path / "1.txt").write_text(f.read())
     command = (f"exec python train.py --dataset={tmp_path}/$RANK.txt {' '.join(TINY)} "
                f"--grad_accum=2 --out={tmp_path}/run")
-    code, out = end(torchrun(29619, "--no-python", "bash", "-c", command))
+    code, out = end(torchrun("--no-python", "bash", "-c", command))
     assert code and "the processes read different data: file 0.txt, file 1.txt" in out
 
 
 def test_ctrl_c_with_two_processes_saves_the_step_that_was_reached(corpus, tmp_path):
     """One of them is told to stop: both do, at the same step."""
-    process = torchrun(29620, "train.py", corpus, *TINY, "--grad_accum=2", "--max_iters=100000",
+    process = torchrun("train.py", corpus, *TINY, "--grad_accum=2", "--max_iters=100000",
                        "--compile=False", f"--out={tmp_path}/run")
     while not (tmp_path / "run/ckpt.pt").exists():
         assert process.poll() is None, process.stdout.read()
