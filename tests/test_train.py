@@ -168,6 +168,27 @@ def test_the_average_is_the_average_and_no_graph(corpus, tmp_path, monkeypatch):
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_the_log_has_the_mean_loss_since_the_last_evaluation_and_the_rate(corpus, tmp_path,
+                                                                          monkeypatch):
+    losses = []
+    honest = train.train_step
+
+    def train_step(*args):
+        loss, stop = honest(*args)
+        losses.append(loss.item())
+        return loss, stop
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    c = tiny(corpus, "--max_iters=7", "--eval_interval=3")
+    train.main([corpus, *TINY, "--max_iters=7", "--eval_interval=3", f"--out={tmp_path}/run"])
+    first, second, third = read_log(tmp_path / "run")
+    assert float(first["loss"]) == pytest.approx(sum(losses[:3]) / 3)
+    assert float(second["loss"]) == pytest.approx(sum(losses[3:6]) / 3)
+    assert float(third["loss"]) == pytest.approx(losses[6])
+    assert float(second["lr"]) == train.get_lr(5, c)
+    assert float(second["bits"]) == pytest.approx(float(second["bound"]) / math.log(2))
+
+
 # -------------------------------------------------------------------------------------------------
 # resuming
 
