@@ -131,7 +131,7 @@ def read_checkpoint(path, settings, methods):
     check(names >= set(state["config"]), f"{path} was made by another version")
     missing = ", ".join(sorted(names - set(state["config"])))
     if missing:
-        print0(f"{path} is older than {missing}: the default is taken")
+        print(f"{path} is older than {missing}: the default is taken", file=sys.stderr)
     return state
 
 
