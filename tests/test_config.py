@@ -198,7 +198,7 @@ def test_and_so_it_is_from_the_shell(typed, says, files):
 def test_a_setting_that_a_checkpoint_lacks_takes_its_default_and_a_line_says_so(files, capsys):
     _, c, _ = generate.load(files / "old.pt", Masked, train.build, ["masked"])
     assert c.train_size == Masked.train_size
-    line, = capsys.readouterr().out.splitlines()
+    line, = capsys.readouterr().err.splitlines()           # stdout is for texts
     assert line == f"{files}/old.pt is older than train_size: the default is taken"
 
 
