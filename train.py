@@ -213,7 +213,7 @@ def fit(method, data, c, meta, show_sample, state=None):
         bar.set_postfix_str(f"loss {mean_loss:.3f}")
         finite = all(p.isfinite().all() for p in method.parameters())
         check(finite and math.isfinite(mean_loss), f"the loss, {mean_loss:.3g}, or a weight is no "
-              f"number at step {progress.step}: try a lower --learning_rate; what is saved is well")
+              f"number at step {progress.step}: try a lower --learning_rate; what is saved is good")
 
         # the first process evaluates, saves and shows a sample; the others wait for it
         if RANK > 0 or not (evaluating or stopping):
