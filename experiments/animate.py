@@ -1,26 +1,18 @@
-"""What does diffusion look like at work? An SVG of a masked model writing, which takes what
-generate.py takes and prints the same text; or a moving PNG of digits, which takes what
-mnist_ddpm.py sample takes. A quarter of a minute each on two CPU cores.
+"""What does masked diffusion look like at work? An animated SVG of a model writing: it takes the
+settings of generate.py and prints the same text. A quarter of a minute on two CPU cores.
 
     python -m experiments.animate --svg=unmask.svg --prompt="ROMEO:" --length=250
-    python -m experiments.animate --png=moving.png --out=out/mnist --n=100
 """
 import html
-import struct
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-import mnist_ddpm
-import train
-from checkpoint import find_checkpoint, load
-from config import ImageSampler, Masked, Mnist, Sample, parse, run
+from config import Masked, Sample, parse, run
 from generate import infer_blank_lengths, lay_out, open_model, parse_prompt, show_texts, write
-from mnist_ddpm import N_CLASSES, grid, png_chunk, sample_images, to_bytes
+from train import build, reseed
 
 
 @dataclass(frozen=True)
@@ -84,30 +76,9 @@ def visible(begin, end, seconds, writing=0.75):
             f'repeatCount="indefinite" keyTimes="{key_times}" values="{values}"/>')
 
 
-def moving_png(frames, delay=50, last_delay=1000):
-    """An animated grey PNG of frames (F, height, width) uint8; delays in milliseconds."""
-    n, height, width = frames.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = [png_chunk(b"IHDR", header), png_chunk(b"acTL", struct.pack(">II", n, 0))]
-    sequence = 0
-    for i, frame in enumerate(frames):
-        ms = last_delay if i == n - 1 else delay
-        control = struct.pack(">IIIIIHHBB", sequence, width, height, 0, 0, ms, 1000, 0, 0)
-        chunks.append(png_chunk(b"fcTL", control))
-        sequence += 1
-        rows = F.pad(frame, (1, 0))                # a zero before each row: no filter
-        body = zlib.compress(rows.numpy().tobytes(), 9)
-        if i == 0:
-            chunks.append(png_chunk(b"IDAT", body))
-            continue
-        chunks.append(png_chunk(b"fdAT", struct.pack(">I", sequence) + body))
-        sequence += 1
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + png_chunk(b"IEND", b"")
-
-
-def animate_text(argv):
+def main(argv):
     s = SvgSample(**parse(argv, SvgSample))
-    method, c, _, tokenizer = open_model(s.out, "masked", Masked, train.build, ["masked"])
+    method, c, _, tokenizer = open_model(s.out, "masked", Masked, build, ["masked"])
     T = c.block_size
     pieces = infer_blank_lengths(method, parse_prompt(s.prompt, tokenizer), T, s.seed)
     ids, known = lay_out(pieces, s.length, T, method.mask_id)
@@ -119,32 +90,10 @@ def animate_text(argv):
             history.append((x[0], confidence[0]))
             yield x, confidence
 
-    train.reseed(s.seed)
+    reseed(s.seed)
     show_texts(record(write(method, ids, known, T, s)), ids, known, tokenizer, s)
     Path(s.svg).write_text(text_svg(history, known, tokenizer), encoding="utf-8")
-    return s.svg
-
-
-def animate_digits(argv):
-    s = ImageSampler(**parse(argv, ImageSampler))
-    path = find_checkpoint(s.out, "mnist")
-    method, _, _ = load(path, Mnist, mnist_ddpm.build, ["mnist"])
-    labels = torch.full((s.n,), s.digit)
-    if s.digit < 0:
-        labels = torch.arange(s.n) % N_CLASSES
-    columns = min(s.n, N_CLASSES)
-    pages = [to_bytes(grid(z, columns)) for z, _ in sample_images(method, labels, s)]
-    Path(s.png).write_bytes(moving_png(torch.stack(pages)))
-    return s.png
-
-
-def main(argv):
-    names = [arg.partition("=")[0] for arg in argv]
-    if "--png" in names:
-        to = animate_digits(argv)
-    else:
-        to = animate_text(argv)
-    print(f"wrote {to}", file=sys.stderr)
+    print(f"wrote {s.svg}", file=sys.stderr)
 
 
 if __name__ == "__main__":

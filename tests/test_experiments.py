@@ -21,10 +21,8 @@ import train
 from checkpoint import load
 from config import Bits, Embed, Masked, Mnist, parse
 from data import CharTokenizer, Text
-from diffusion import mask_rate
 from evaluation.likelihood import Evaluate
-from experiments import (animate, blanks, clock, control, defects, digits, freeze, ladder, samplers,
-                         strips)
+from experiments import animate, control, digits, freeze, ladder, samplers, strips
 
 SMALL = dict(n_layer=1, n_head=1, n_embd=16)
 
@@ -49,13 +47,11 @@ def runs(corpus, tmp_path_factory):
     meta = Text(Masked(**text)).meta
     pixels = {"alphabet": "", "data": {"name": "digits", "sha256": ""}}
     ar = Masked(objective="ar", **text)
-    timed = Masked(time=True, schedule="cosine", **text)
     mnist = Mnist(patch=14, **SMALL)
     return {
         "dataset": corpus, "path": path,
         "masked": save_checkpoint(folder / "masked", train, "masked", Masked(**text), meta),
         "ar": save_checkpoint(folder / "ar", train, "ar", ar, meta),
-        "timed": save_checkpoint(folder / "timed", train, "masked", timed, meta),
         "bits": save_checkpoint(folder / "bits", analog_bits, "bits", Bits(**text), meta),
         "embed": save_checkpoint(folder / "embed", embed_diffusion, "embed", Embed(**text), meta),
         "mnist": save_checkpoint(folder / "mnist", mnist_ddpm, "mnist", mnist, pixels)}
@@ -124,40 +120,13 @@ def png_chunks(raw):
     return chunks
 
 
-def test_a_moving_png_has_each_frame_in_order(runs, tmp_path):
-    x = torch.randint(256, (3, 4, 5), generator=torch.Generator().manual_seed(0)).byte()
-    chunks = png_chunks(animate.moving_png(x, delay=70, last_delay=900))
-    kinds = [kind for kind, _ in chunks]
-    assert kinds == [b"IHDR", b"acTL", b"fcTL", b"IDAT", b"fcTL", b"fdAT", b"fcTL", b"fdAT",
-                     b"IEND"]
-    assert chunks[0][1][:8] == struct.pack(">II", 5, 4)
-    assert chunks[1][1] == struct.pack(">II", 3, 0)
-    sequence = [struct.unpack(">I", data[:4])[0] for kind, data in chunks
-                if kind in (b"fcTL", b"fdAT")]
-    assert sequence == [0, 1, 2, 3, 4]
-    delays = [struct.unpack(">HH", data[20:24]) for kind, data in chunks if kind == b"fcTL"]
-    assert delays == [(70, 1000), (70, 1000), (900, 1000)]
-    bodies = [chunks[3][1], chunks[5][1][4:], chunks[7][1][4:]]
-    for frame, body in zip(x, bodies, strict=True):
-        rows = torch.frombuffer(bytearray(zlib.decompress(body)), dtype=torch.uint8).view(4, 6)
-        assert torch.equal(rows[:, 1:], frame) and not rows[:, 0].any()
-    animate.main([f"--png={tmp_path}/m.png", f"--out={runs['mnist']}", "--n=12", "--steps=3"])
-    chunks = png_chunks((tmp_path / "m.png").read_bytes())
-    assert chunks[0][1][:8] == struct.pack(">II", 280, 56) and chunks[1][1][:4] == b"\0\0\0\3"
-
-
-def test_strips(runs, tmp_path, monkeypatch, capsys):
+def test_strips(runs, tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
-    (tmp_path / "results/masked.pt").symlink_to(ROOT / "results/masked.pt")
     monkeypatch.setattr(strips, "HERE", tmp_path)
     strips.main([runs["mnist"]])
     sizes = [png_chunks((tmp_path / f"results/{name}.png").read_bytes())[0][1][:8]
              for name in ("digits", "strip")]
     assert sizes == [struct.pack(">II", 560, 140), struct.pack(">II", 224, 56)]
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and lines[0] == f"  0 calls   {'·' * 60}"
-    dots = [line.count("·") for line in lines]
-    assert dots[-1] == 0 and dots == sorted(dots, reverse=True)
 
 
 def test_freeze(runs, tmp_path, capsys):
@@ -174,110 +143,6 @@ def test_freeze(runs, tmp_path, capsys):
         assert torch.equal(small["ema"][name], value.half()), name
     method, _, _ = load(tmp_path / "small.pt", Masked, train.build, ["masked"])
     assert method.net.embed.weight.dtype == torch.float32
-
-
-# the length of blanks
-
-def test_chance_is_exact():
-    pairs = list(itertools.product(blanks.LENGTHS, blanks.LENGTHS))
-    by_hand = [sum(abs(a - b) <= d for a, b in pairs) / 400 for d in range(3)]
-    by_hand.append(sum(abs(a - b) for a, b in pairs) / 400)
-    assert blanks.chance(blanks.LENGTHS) == pytest.approx(by_hand)
-    assert blanks.chance([10]) == pytest.approx([0.05, 0.15, 0.25, 5])
-
-
-@pytest.mark.parametrize("off, cells", [
-    (0, ["1.000 ± 0.000", "1.000 ± 0.000", "1.000 ± 0.000", "0.000 ± 0.000", "1.000 ± 0.000"]),
-    (2, ["0.000 ± 0.000", "0.000 ± 0.000", "1.000 ± 0.000", "2.000 ± 0.000", "3.000 ± 0.000"])])
-def test_who_knows_the_text_finds_each_length(off, cells, runs, monkeypatch, capsys):
-    """The score of a network that has the text before it and is wrong by `off`, and as sure of one
-    that is nearer to the truth."""
-    val = Text(Masked(dataset=runs["path"], block_size=128)).val
-
-    def oracle(method, before, after, lengths, orders, T):
-        assert len(before) == 64 and len(after) == 32 and list(lengths) == [*range(1, 21)]
-        window = next(x for x in val if torch.equal(x[:64].long(), before))
-        true = next(L for L in lengths if torch.equal(window[64 + L:96 + L].long(), after))
-        guess = true + off if true + off <= 20 else true - off
-        return torch.tensor([-abs(L - guess) - 0.5 * abs(L - true) for L in lengths])
-
-    monkeypatch.setattr(blanks, "length_log_likelihood", oracle)
-    blanks.main([f"--out={runs['masked']}", runs["dataset"], "--n=5"])
-    rows = table_rows(capsys.readouterr().out)
-    assert rows[f"{runs['masked']}, 5 windows, 4 orders"][1:] == cells
-    assert rows["chance: any length"][1:] == ["0.050", "0.145", "0.235", "6.650", "10.500"]
-
-
-def test_who_knows_nothing_finds_all_lengths_alike(runs, capsys):
-    """An untrained network has the same output everywhere."""
-    blanks.main([f"--out={runs['masked']}", runs["dataset"], "--n=2"])
-    row = table_rows(capsys.readouterr().out)[f"{runs['masked']}, 2 windows, 4 orders"]
-    assert row[-1] == "1.000 ± 0.000"
-
-
-# masked CE, and the sampler of document 004
-
-def test_masked_ce_weighs_by_what_is_masked():
-    class Method:              # the cross-entropy is the share that is masked
-        def bound(self, x0, u, seeds):
-            return u, u
-
-    t = (torch.arange(100_000) + 0.5) / 100_000
-    expected = {"linear": 2 / 3, "square": 3 / 5}
-    cosine = mask_rate("cosine", t)
-    expected["cosine"] = ((cosine ** 2).sum() / cosine.sum()).item()
-    val = torch.zeros(200, 16)
-    for schedule, ce in expected.items():
-        assert clock.pooled_ce(Method(), val, schedule) == pytest.approx(ce, abs=1e-3)
-
-
-def test_masked_ce_of_a_network_that_knows_nothing(runs, capsys):
-    clock.main([f"--out={runs['masked']}", runs["dataset"]])
-    rows = table_rows(capsys.readouterr().out)
-    V = len(read_state(Path(runs["masked"]), "best.pt")["alphabet"])
-    for schedule in ("linear", "square", "cosine"):
-        assert float(rows[schedule][1]) == pytest.approx(math.log(V), abs=1e-3)
-
-
-@pytest.mark.parametrize("wrong_time", [False, True])
-@pytest.mark.parametrize("one_top_k", [False, True])
-def test_the_defects_of_the_documents_sampler(wrong_time, one_top_k):
-    """Two texts of 200, a network that is surer of the second: with one top-k for all it is written
-    first, else both get two characters a call."""
-    seen = []
-
-    def net(x, t):
-        seen.append(((x == 3).sum(1).tolist(), t))
-        return torch.tensor([0.0, 9.0])[:, None, None] * torch.tensor([1.0, 0.0, 0.0]).expand(
-            2, 200, 3)
-
-    train.reseed(1)
-    x = torch.full((2, 200), 3)
-    x, n_calls = defects.write_as_documents(net, 3, x, wrong_time, one_top_k)
-    assert (x < 3).all() and (x[1] == 0).float().mean() > 0.99
-    n_masked = [n for n, _ in seen]
-    if one_top_k:
-        assert n_masked[50] == [200, 0] and n_calls == pytest.approx(75)
-    else:
-        assert n_masked == [[n, n] for n in range(200, 0, -2)] and n_calls == pytest.approx(100)
-    for i, (masked, t) in enumerate(seen):
-        told = torch.tensor(masked) / 200
-        if wrong_time:
-            told = mask_rate("cosine", torch.full((2,), (100 - i) / 100))
-        assert torch.allclose(t, told)
-
-
-def test_defects_needs_a_model_that_is_fed_the_time(runs, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="is no masked model that is fed the time"):
-        defects.main([f"--out={runs['masked']}", runs["dataset"]])
-    monkeypatch.setattr(defects, "STEPS", 4)
-    args = [f"--out={runs['timed']}", f"--eval_model={runs['ar']}", runs["dataset"], "--n=2"]
-    defects.main(args)
-    rows = table_rows(capsys.readouterr().out)
-    V = len(read_state(Path(runs["ar"]), "best.pt")["alphabet"])
-    for title in ("neither defect", "told t", "one top-k for all", "both"):
-        assert rows[title][1] == "2" and rows[title][2].startswith(f"{math.log(V):.3f} ± 0.000")
-    assert rows["neither defect"][-2] == "4.0"
 
 
 # tables of settings
