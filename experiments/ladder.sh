@@ -1,7 +1,7 @@
 #!/bin/bash
 # Why do embeddings fail, and what cures them? Every recipe of config.EMBED_RECIPES on tiny
-# Shakespeare, then arms beside the last rung: 32 runs of two minutes on two CPU cores.
-# bash experiments/ladder.sh [data_dir]; then python -m experiments.ladder out/ladder --n=100
+# Shakespeare, then arms beside the last rung: 32 runs of two minutes on two CPU cores, and half an
+# hour for their bounds and samples, into out/ladder.md. bash experiments/ladder.sh [data_dir]
 set -eu
 data=${1:-data}
 arm() {   # name, what is changed
@@ -25,4 +25,10 @@ for seed in 1337 1 2; do
     arm frozen$at --recipe=scaled --train_table=False --seed=$seed
     arm pre-tuned$at --recipe=scaled --table=$table --seed=$seed
     arm pre-frozen$at --recipe=scaled --table=$table --train_table=False --seed=$seed
+done
+all=$(printf "%s," out/ladder/*)
+python -m evaluation --data_dir="$data" --n=100 --exact=0 --out=$all > out/ladder.md
+for rounding in clamp cosine; do
+    python -m evaluation --data_dir="$data" --n=100 --bound=False --rounding=$rounding \
+        --out=out/ladder/scaled,out/ladder/diffusion-lm >> out/ladder.md
 done

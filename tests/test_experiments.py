@@ -1,7 +1,6 @@
 """The scripts behind the tables, tiny: what each measures against known answers, and the commands
 of the shell scripts against the settings there are."""
 import itertools
-import math
 import os
 import shlex
 import struct
@@ -22,7 +21,7 @@ from checkpoint import load
 from config import Bits, Embed, Masked, Mnist, parse
 from data import CharTokenizer, Text
 from evaluation.likelihood import Evaluate
-from experiments import animate, control, digits, freeze, ladder, samplers, strips
+from experiments import animate, control, digits, freeze, samplers, strips
 
 SMALL = dict(n_layer=1, n_head=1, n_embd=16)
 
@@ -230,43 +229,6 @@ def test_control(runs, monkeypatch, capsys):
     control.main(args)
     row = table_rows(capsys.readouterr().out)["no:e"]
     assert row[-2:] == ["0.500 ± 0.500", "0.875 ± 0.125"] and len(tokenizer)
-
-
-# the ladder
-
-def test_the_ladder_is_what_results_show():
-    with (ROOT / "results/ladder.csv").open(newline="", encoding="utf-8") as f:
-        rows = list(ladder.csv.DictReader(f))
-    assert ladder.picture(rows) == (ROOT / "results/ladder.svg").read_text(encoding="utf-8")
-    printed = (ROOT / "results/ladder.md").read_text(encoding="utf-8")
-    assert "\n".join(ladder.ladder_table(rows)) in printed
-
-
-def test_the_ladder_measures_the_runs_there_are(corpus, runs, tmp_path, monkeypatch, capsys):
-    """Two seeds of a rung are averaged; a rung that predicts numbers is rounded by cosine."""
-    c = dict(dataset=runs["path"], block_size=128, **SMALL)
-    meta = Text(Masked(**c)).meta
-    for name, bound in [("scaled", 2.0), ("scaled.1", 2.5)]:
-        save_checkpoint(tmp_path / name, embed_diffusion, "embed", Embed(**c), meta, bound=bound)
-    unit = Embed(**c, **ladder.EMBED_RECIPES["unit"])
-    save_checkpoint(tmp_path / "unit", embed_diffusion, "embed", unit, meta, bound=3.0)
-    monkeypatch.setattr(ladder, "TABLE", tmp_path / "ladder.csv")
-    monkeypatch.setattr(ladder, "HERE", tmp_path)
-    (tmp_path / "results").mkdir()
-    args = [f"--eval_model={runs['ar']}", corpus, "--n=2", "--gaussian_steps=2"]
-    ladder.main([str(tmp_path), *args])
-    rows = table_rows(capsys.readouterr().out)
-    names = [first for first in rows if ", " in first]
-    assert names == ["unit, cosine", "scaled, learned", "scaled, cosine", "scaled, clamp"]
-    assert rows["scaled, learned"][2] == "3.246 ± 0.510 (n = 2)"
-    assert rows["unit, cosine"][2] == "4.328" and rows["unit, cosine"][1] == "rows of norm 1"
-    assert rows["unit, cosine"][4].startswith("1.00, ")
-    V = len(meta["alphabet"])
-    assert float(rows["unit, cosine"][-1]) == pytest.approx(math.log(V), abs=0.01)
-    assert (tmp_path / "results/ladder.svg").read_text().count("#1f6feb") == 2
-    save_checkpoint(tmp_path / "scaled.2", embed_diffusion, "embed", Embed(**c), meta)
-    with pytest.raises(SystemExit, match="scaled has not finished"):
-        ladder.main([str(tmp_path), *args])
 
 
 # the shell scripts
