@@ -48,12 +48,10 @@ def test_colours_stand_out_by_day_and_night():
     """A contrast of 4.5 is what WCAG asks of texts."""
     day, night = pictures.STYLE.split("@media (prefers-color-scheme: dark)")
     for style in (day, night):
-        colours = dict(re.findall(r"([\w.]+) {(?: font-size: 11px;)?[^}#]*(#\w{6})", style))
-        assert colours.keys() >= {"text", ".back", ".blue", ".orange", ".green", ".pink"}
-        back = luminance(colours.pop(".back"))
-        assert colours.pop(".cut") and colours.pop(".grid")
-        for name, colour in colours.items():
-            low, high = sorted([back, luminance(colour)])
+        colours = dict(re.findall(r"([\w.]+) {[^}#]*(#\w{6})", style))
+        back = luminance(colours[".back"])
+        for name in ("text", ".small", ".blue", ".orange", ".green", ".pink"):
+            low, high = sorted([back, luminance(colours[name])])
             assert (high + 0.05) / (low + 0.05) > 4.5, name
 
 
@@ -63,10 +61,10 @@ def test_a_line_is_where_its_numbers_are():
     svg = pictures.line_chart("A & B", "x", "y", [1, 10, 100], [0, 5, 10], lines, math.log)
     assert elements(svg, "path", "blue")[0]["d"] == "M56.0 366.0L356.0 216.0L656.0 66.0"
     assert elements(svg, "path", "dashed")[0]["d"] == "M56.0 216.0L656.0 66.0"
-    first, second = elements(svg, "text", "label")
-    assert first["text"] == "a<b" and first["y"] == "70" and second["y"] == "84"
-    assert [x["text"] for x in elements(svg, "text", "small")] == \
-        ["y", "x", "1", "10", "100", "0", "5", "10"]
+    labels = [(label["text"], label["y"]) for label in elements(svg, "text", "label")]
+    assert labels == [("a<b", "70"), ("b", "84")]
+    ticks = [tick["text"] for tick in elements(svg, "text", "small")]
+    assert ticks == ["y", "x", "1", "10", "100", "0", "5", "10"]
 
 
 def test_a_bar_that_is_too_long_is_cut_and_says_so():
@@ -74,8 +72,7 @@ def test_a_bar_that_is_too_long_is_cut_and_says_so():
     svg = pictures.bar_chart("A", ("1", "2", "3"), 5, {"mark": 2.5}, rows)
     assert [x["width"] for x in elements(svg, "rect", "blue")] == ["250.0", "149.8"]
     assert len(elements(svg, "path", "cut")) == 2
-    assert [x["text"] for x in elements(svg, "text")][:2] == ["14.1", "long"]
-    assert [x["text"] for x in elements(svg, "text")][2:] == ["3.00", "short"]
+    assert [x["text"] for x in elements(svg, "text")] == ["14.1", "long", "3.00", "short"]
     assert elements(svg, "path", "dashed")[0]["d"] == "M375.0 84.0L375.0 180.0"
 
 
