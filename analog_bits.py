@@ -10,7 +10,7 @@ q_sample, reverse_step, log_likelihood and position_times.
 import torch
 from torch import nn
 
-from checkpoint import start_or_resume
+from checkpoint import out_option, start_or_resume
 from config import Bits, CodeSampler, check, parse, print0, run
 from data import Text
 from gaussian import TokenDiffusion
@@ -85,7 +85,7 @@ def main(argv):
     meta = {"method": "bits", "script": "analog_bits", **data.meta}
     out = fit_text(method, data, c, meta, CodeSampler(), state)
     if out:
-        print0(f"done: python analog_bits.py sample --out={out}")
+        print0(f"done: python analog_bits.py sample {out_option(out)}")
 
 
 if __name__ == "__main__":

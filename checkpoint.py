@@ -13,13 +13,14 @@ import csv
 import functools
 import os
 import secrets
+import shlex
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from config import DEVICE, HERE, RANK, check, parse, print0
+from config import DEVICE, HERE, RANK, check, first_line, is_out_of_memory, parse, print0
 
 # the settings that --resume may change; dataset only to another path of the same data
 CHANGEABLE = ("dataset", "data_dir", "max_iters", "eval_interval", "windows", "compile", "dropout",
@@ -46,8 +47,10 @@ class RunFolder:
 
     def restore(self, parts, state):
         """Load a checkpoint into the parts of a run, {name: module, optimizer or scaler}."""
-        check(state["data"] == self.meta["data"], f"this run was trained on {state['data']['name']}"
-                                                  f", not on this {self.meta['data']['name']}")
+        before = state["data"]
+        now = self.meta["data"]
+        check(before["sha256"] == now["sha256"],
+              f"this run was trained on {before['name']}, not on this {now['name']}")
         for name, part in parts.items():
             if state[name]:                                # the scaler of a CPU has no state
                 part.load_state_dict(state[name])
@@ -65,8 +68,8 @@ class RunFolder:
             os.replace(part, path)
         except (OSError, RuntimeError) as error:           # RuntimeError: torch's full disk
             part.unlink(missing_ok=True)
-            reason = str(error).splitlines()[0]
-            raise SystemExit(f"cannot write {path}, what was saved is complete: {reason}") from None
+            raise SystemExit(f"cannot write {path}, what was saved is complete: "
+                             f"{first_line(error)}") from None
 
 
 def claim_folder(typed, name):
@@ -95,6 +98,11 @@ def newest_first(name, file):
     return [path.parent for path in sorted(found, key=os.path.getmtime, reverse=True)]
 
 
+def out_option(path):
+    """--out=path as it is typed in a shell."""
+    return f"--out={shlex.quote(str(path))}"
+
+
 def is_finished(folder):
     status = folder / "status"
     return status.exists() and status.read_text() == "finished"
@@ -107,7 +115,7 @@ def find_checkpoint(typed, name):
     found = newest_first(name, "best.pt")
     finished = [folder for folder in found if is_finished(folder)]
     if found[:1] != finished[:1]:
-        print(f"{found[0]} is newer, but not finished; --out={found[0]} samples from it",
+        print(f"{found[0]} is newer, but not finished: {out_option(found[0])} writes with it",
               file=sys.stderr)
     return [*finished, HERE / f"results/{name}.pt"][0]
 
@@ -119,10 +127,12 @@ def read_checkpoint(path, settings, methods):
         path = path / "best.pt"
     check(path.exists(), f"no checkpoint at {path}: train first, or pass --out=FOLDER")
     try:
-        state = torch.load(path, map_location=DEVICE, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         method = state["method"]
         finite = all(p.isfinite().all() for p in state["ema"].values())
     except Exception as error:           # whatever torch.load makes of a file that is not its own
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            raise
         reason = type(error).__name__
         raise SystemExit(f"{path} is damaged, or no checkpoint of ours ({reason})") from None
     check(method in methods, f"{path} is a {method} checkpoint, not {' or '.join(methods)}")
@@ -142,7 +152,9 @@ def load(path, settings, build, methods):
     try:
         method = build(c, state)
         method.load_state_dict(state["ema"])
-    except (KeyError, RuntimeError):
+    except (KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise SystemExit(f"{path} was made by another version") from None
     return method.to(DEVICE).eval(), c, state
 

@@ -19,7 +19,9 @@ import torch
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-COLOR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+TERMINAL = sys.stdout is not None and sys.stdout.isatty()
+# colours, and a cursor that moves
+COLOR = TERMINAL and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 # device: one line to change for "cpu", or "mps" (text only)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,10 +40,10 @@ def autocast():
 
 
 # processes of torchrun, each with its GPU
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK") or 0)
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 if GPU and WORLD_SIZE > 1:
-    LOCAL_RANK = int(os.environ["LOCAL_RANK"])
+    LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or RANK)
     if LOCAL_RANK >= torch.cuda.device_count():
         raise SystemExit(f"there is no GPU number {LOCAL_RANK}")
     torch.cuda.set_device(LOCAL_RANK)
@@ -50,6 +52,7 @@ if GPU and WORLD_SIZE > 1:
 # settings that are 1 or more; other numbers are 0 or more, unless their default is negative
 ONE_OR_MORE = {"max_iters", "eval_interval", "n_layer", "n_head", "n_embd", "batch_size", "dim",
                "grad_accum", "block_size", "steps", "n", "block", "windows"}
+PATHS = {"out", "dataset", "data_dir", "table", "ar", "png", "svg", "json", "eval_model"}
 
 
 class Settings:
@@ -60,7 +63,7 @@ class Settings:
             if choices:
                 check(value in choices, f"{f.name}={value} is none of {choices}")
             elif not isinstance(value, str) and f.default >= 0:
-                least = int(f.name in ONE_OR_MORE)
+                least = int(f.name in ONE_OR_MORE and f.default > 0)
                 check(least <= value < math.inf, f"{f.name}={value} must be {least} or more")
 
 
@@ -219,8 +222,8 @@ EMBED_RECIPES |= {
 @dataclass(frozen=True)
 class Writing(Settings):   # every script that writes text
     out: str = ""                  # a run's folder or a checkpoint; empty: the newest finished run
-    prompt: str = ""               # {12}: blank of 12, {20-60}: of unknown length, {{: a brace
-    length: int = 0                # characters in all; 0: the prompt's if it has blanks, or a block
+    prompt: str = ""               # {12}: a blank of 12, {20-60}: of unknown length; \n, \\, {{
+    length: int = 0                # characters in all; 0: prompt's if it has blanks, or a window
     n: int = 1                     # texts
     seed: int = 1337
     watch: bool = False            # live in the terminal
@@ -228,7 +231,7 @@ class Writing(Settings):   # every script that writes text
 
 @dataclass(frozen=True)
 class Sample(Writing):   # generate.py: how a masked model or the baseline writes
-    steps: int = 256               # network calls per window of block_size, at most
+    steps: int = 0                 # network calls per window, at most; 0: two a blank character
     order: Literal["random", "confidence", "margin", "entropy"] = "margin"     # which comes first
     counts: Literal["even", "documents", "cosine", "entropy"] = "even"         # entropy: EB sampler
     min_distance: int = 4          # prefer characters farther apart than this in one call; 0: none
@@ -288,10 +291,32 @@ def check(ok, message):
         raise SystemExit(message)
 
 
+def first_line(error):
+    """What an exception says, without its explanation."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_memory(error):
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return "memory" in text and "illegal" not in text              # illegal access: a bug
+    return isinstance(error, MemoryError)
+
+
 def boolean(text):
     if text.lower() not in ("true", "false", "1", "0"):
         raise ValueError
     return text.lower() in ("true", "1")
+
+
+def expand(name, path):
+    """A path as it was typed -> with its home folder in place of ~, and if it will be in a
+    checkpoint from the root on, so that --resume finds it from another folder."""
+    path = os.path.expanduser(path)
+    stays = name in ("data_dir", "table") or name == "dataset" and os.path.isfile(path)
+    if path and stays:
+        path = os.path.abspath(path)
+    return path
 
 
 def parse(argv, settings, recipes=None):
@@ -325,21 +350,27 @@ def parse(argv, settings, recipes=None):
         raise SystemExit(f"no setting {unknown[0]!r}, did you mean {' '.join(similar)}?")
     if "recipe" in typed:
         typed = recipes[typed.pop("recipe")] | typed
+    for name in PATHS & typed.keys():
+        typed[name] = expand(name, typed[name])
     return typed
 
 
 def run(main):
     """Call main(argv). What a user can do about ends in one line: Ctrl-C, a full disk, a folder
     that cannot be written, too little memory."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:                         # was closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):       # a notebook's has none
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
-    except RuntimeError as error:
-        if "memory" not in str(error) or "illegal" in str(error):      # illegal access: a bug
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        raise SystemExit(f"out of memory: {str(error).splitlines()[0]}") from None
+        raise SystemExit(f"out of memory: {first_line(error)}") from None

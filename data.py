@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import shutil
 import urllib.request
 import zipfile
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import COLOR, DEVICE, HERE, check, print0
+from config import COLOR, DEVICE, HERE, TERMINAL, check, print0
 
 KARPATHY = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data"
 MAHONEY = "mattmahoney.net/dc"
@@ -56,7 +57,9 @@ class CharTokenizer:
         ids = self.ids[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
         if (ids < 0).any():
             unknown = text[ids.argmin()]
-            raise SystemExit(f"the model has never seen {unknown!r}, only {self.chars!r}")
+            more = "..." if len(self) > 80 else ""
+            raise SystemExit(f"the model has never seen {unknown!r} (U+{ord(unknown):04X}), only "
+                             f"{self.chars[:80]!r}{more}")
         return ids
 
     def decode(self, ids):
@@ -74,17 +77,30 @@ class CharTokenizer:
         return texts
 
     def paint(self, ids, confidence):
-        """Text in colours where a terminal shows them, from red (a guess) to green (certain)."""
+        """The text of each id as it is shown: where there are colours, from red (a guess) to green
+        (certain)."""
+        texts = [printable(text) for text in self.decode_each(ids)]
         if not COLOR:
-            return self.decode(ids)
+            return texts
         shades = [203, 209, 215, 221, 185, 149, 113]
-        painted = ""
-        for i, p, text in zip(ids, confidence, self.decode_each(ids), strict=True):
+        painted = []
+        for i, p, text in zip(ids, confidence, texts, strict=True):
             shade = shades[int(p * 6.99)] if i < len(self) else 240    # MASK is grey
-            if not text.isprintable() and text not in "\n\t":
-                text = "\ufffd"                                        # no stray control codes
-            painted += f"\x1b[38;5;{shade}m{text}"
-        return painted + "\x1b[0m"
+            painted.append(f"\x1b[38;5;{shade}m{text}\x1b[0m")
+        return painted
+
+
+def printable(text):
+    """Text without the control codes that would steer a terminal; as it is in a file."""
+    if not TERMINAL:
+        return text
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def clean(text):
+    """Text in which a line ends with \\n alone, without byte order marks: what every corpus, prompt
+    and table goes through."""
+    return re.sub(r"\r+\n|\r", "\n", text).replace("\ufeff", "")
 
 
 def as_bytes(text):
@@ -102,7 +118,7 @@ class Text:
         chars = as_bytes(text) if is_bytes else text
         self.tokenizer = CharTokenizer("".join(sorted(set(chars))), is_bytes)
         V = len(self.tokenizer)
-        check(V <= 30_000, f"{self.name} has {V:,} different characters; 30,000 is the most")
+        check(2 <= V <= 30_000, f"{self.name} has {V:,} different characters, not 2 to 30,000")
         dtype = np.uint8 if V < 256 else np.int16
         ids = torch.from_numpy(self.tokenizer.encode(text).astype(dtype))
 
@@ -157,17 +173,18 @@ def load_text(name, folder):
     else:
         path = Path(name)
         source = f"file {path.name}"
-        check(path.is_file(), f"no dataset {name!r}: one of auto, {', '.join(CORPORA)}, pydoc, "
-                              "or the path of a text file")
+        check(path.is_file(), f"no text file {name!r}, and no corpus: {', '.join(CORPORA)}, pydoc, "
+                              "auto; --dataset=PATH says where it is")
     raw = path.read_bytes()
     if name == "enwik8":
         return raw.decode("utf-8", "surrogateescape"), source          # cut within a character
-    check(b"\0" not in raw, f"{path} is not text: it has zero bytes")
+    is_utf16 = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-16" if is_utf16 else "utf-8")
     except UnicodeDecodeError as error:
         raise SystemExit(f"{path} is not UTF-8 text, see byte {error.start}") from None
-    return text.replace("\r\n", "\n"), source
+    check("\0" not in text, f"{path} is not text: it has zero bytes")
+    return clean(text), source
 
 
 def find(path, urls, expected):
@@ -185,12 +202,17 @@ def is_valid(raw, expected):
     """Whether bytes have the expected size (int) or sha256 (str; of what is in them, if gzip)."""
     if isinstance(expected, int):
         return len(raw) == expected
+    try:
+        return hashlib.sha256(unzip(raw)).hexdigest() == expected
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
+def unzip(raw):
+    """What is in bytes, if they are of a gzip file; else they themselves."""
     if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error):
-            return False
-    return hashlib.sha256(raw).hexdigest() == expected
+        return gzip.decompress(raw)
+    return raw
 
 
 def read_url(url, name):

@@ -10,6 +10,7 @@ Both are nn.Modules around a network net(x, t) -> logits (B, T, V), t = k / T th
 B batch, T positions, V vocabulary size; token V is MASK.
 """
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -84,14 +85,17 @@ class MaskedDiffusion(nn.Module):
         rand = per_row_noise(seeds, torch.rand, (T,)).to(x0.device)
         return self.masked_ce(x0, k, rand).sum(1) / k, k / T
 
-    def reveal(self, x, n_total, steps_left, s):
+    def reveal(self, x, n_total, steps_left, s, locked=None):
         """What one call of the network reveals of x (B, T), of which n_total (B,) positions were
-        masked at the start: which positions (B, T), and the log-probabilities of their tokens
-        (B, T, V). Neither depends on what is drawn, so a text can be scored as well as written."""
-        T = x.size(1)
-        masked = x == self.mask_id
+        to be written at the start: which positions (B, T), none of them locked, and the
+        log-probabilities of their tokens (B, T, V). Neither depends on what is drawn, so a text
+        can be scored as well as written."""
+        masked = x == self.mask_id                                     # (B, T)
+        t = masked.sum(1).clamp(min=1) / x.size(1)
+        if locked is not None:
+            masked = masked & ~locked
         n_masked = masked.sum(1)                                       # (B,)
-        logits = self.net(x, n_masked.clamp(min=1) / T)                # (B, T, V)
+        logits = self.net(x, t)                                        # (B, T, V)
         log_probs = token_log_probs(logits, s.temperature, s.top_k)
 
         # which positions come first; the EB sampler, counts=entropy, has an order of its own
@@ -114,34 +118,38 @@ class MaskedDiffusion(nn.Module):
         return rank(-score) < n[:, None], log_probs
 
     @torch.no_grad()
-    def sample(self, x, known, s):
-        """Fill the positions of x (B, T) that are not known (B, T), in at most s.steps calls.
+    def sample(self, x, known, s, locked=None):
+        """Fill the positions of x (B, T) that are not known (B, T), in at most s.steps calls, with
+        steps=0 in two for each of them. Positions that are locked (B, T) stay MASK.
         confidence (B, T): the probability of each token when revealed, after temperature and top_k.
 
         Exact samples of the model: order=random, temperature=1, top_k=0, remask=0, steps=T."""
+        if locked is None:
+            locked = torch.zeros_like(known)
         x = torch.where(known, x, self.mask_id)
         confidence = known.float()
-        n_total = (~known).sum(1)
+        n_total = (~known & ~locked).sum(1)                            # (B,)
+        if not s.steps:
+            s = replace(s, steps=2 * n_total.max().item())
         for steps_left in range(s.steps, 0, -1):
-            revealed, log_probs = self.reveal(x, n_total, steps_left, s)
+            revealed, log_probs = self.reveal(x, n_total, steps_left, s, locked)
             tokens, token_prob = sample_tokens(log_probs)
             x = torch.where(revealed, tokens, x)
             confidence = torch.where(revealed, token_prob, confidence)
             if s.remask and steps_left > 1:
-                again = self.least_confident(x, confidence, known, s.remask)
+                again = self.least_confident(x, confidence, known | locked, s.remask)
                 x = x.masked_fill(again, self.mask_id)
                 confidence = confidence.masked_fill(again, 0)
             yield x, confidence
-            if not (x == self.mask_id).any():
+            if not ((x == self.mask_id) & ~locked).any():
                 return
 
-    def least_confident(self, x, confidence, known, share):
-        """ReMDM: which tokens to mask again (B, T): a share of those revealed, or one if none is
-        masked, the least probable when revealed. What the network now says of them is no guide: it
-        is trained at masked positions only."""
-        masked = x == self.mask_id
-        revealed = ~masked & ~known
-        at_least = (~masked).all(1).long()
+    def least_confident(self, x, confidence, fixed, share):
+        """ReMDM: which tokens to mask again (B, T), none of them fixed: a share of those revealed,
+        or one if none is masked, the least probable when revealed. What the network now says of
+        them is no guide: it is trained at masked positions only."""
+        revealed = (x != self.mask_id) & ~fixed
+        at_least = (revealed | fixed).all(1).long()
         n = torch.maximum((share * revealed.sum(1)).long(), at_least)  # (B,)
         worst_first = rank(confidence.masked_fill(~revealed, math.inf))
         return revealed & (worst_first < n[:, None])
@@ -174,14 +182,18 @@ class Autoregressive(nn.Module):
         return nats, torch.ones_like(nats)
 
     @torch.no_grad()
-    def sample(self, x, known, s):
-        """Write x (B, T) from left to right; what is known (B, T) is kept."""
+    def sample(self, x, known, s, locked=None):
+        """Write x (B, T) from left to right; what is known (B, T) is kept, and when only locked
+        positions (B, T) follow, it ends."""
         B, T = x.shape
+        fixed = known
+        if locked is not None:
+            fixed = known | locked
         x = torch.where(known, x, self.mask_id)
         confidence = known.float()
         t = torch.ones(B, device=x.device)
         kv_cache = {}
-        first = (~known).any(0).int().argmax().item()
+        first = (~fixed).any(0).int().argmax().item()
         for i in range(first, T):
             # the first call reads the whole prefix, later calls the last token
             if i == first:
@@ -195,7 +207,7 @@ class Autoregressive(nn.Module):
             x = torch.where(revealed, tokens, x)
             confidence = torch.where(revealed, token_prob, confidence)
             yield x, confidence
-            if known[:, i + 1:].all():
+            if fixed[:, i + 1:].all():
                 return
 
 

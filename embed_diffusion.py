@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from checkpoint import load, start_or_resume
+from checkpoint import load, out_option, start_or_resume
 from config import (DEVICE, EMBED_RECIPES, HERE, Embed, EmbedSampler, Masked, check, parse, print0,
                     run)
-from data import Text
+from data import Text, clean
 from gaussian import TokenDiffusion, alpha_sigma, q_sample, stratified_times, x0_from_output
-from generate import lay_out, open_model, parse_prompt, show_texts, write
+from generate import lay_out, open_model, parse_prompt, show_texts, unescape, write
 from model import Transformer
 from train import build as build_ar
 from train import fit_text, reseed
@@ -197,8 +197,8 @@ def main(argv):
     meta = {"method": "embed", "script": "embed_diffusion", **data.meta}
     out = fit_text(method, data, c, meta, EmbedSampler(), state)
     if out:
-        print0(f"done: python embed_diffusion.py sample --out={out}; how well it denoises: "
-               f"python -m evaluation.diagnostics --out={out}")
+        print0(f"done: python embed_diffusion.py sample {out_option(out)}; how well it denoises: "
+               f"python -m evaluation.diagnostics {out_option(out)}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def read_table(path, alphabet):
     found = {}
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            token, _, numbers = line.partition(" ")
+            token, _, numbers = clean(line).partition(" ")
             if token in wanted:
                 found[wanted[token]] = numbers.split()
     try:
@@ -272,7 +272,7 @@ def steer_mask(steer, tokenizer, L):
         mask[torch.from_numpy(tokenizer.encode(chars))] = True
         return mask
 
-    kind, _, what = steer.replace("\\n", "\n").partition(":")
+    kind, _, what = unescape(steer).partition(":")
     place, _, char = what.partition("=")
     position = torch.arange(L)[:, None]
     if kind == "no" and what and not mask_of(what).all():
@@ -328,9 +328,7 @@ def write_controlled(method, ids, known, T, s, allowed, ar):
     if s.mode == "blocks":
         windows = block_windows(len(ids), T, s.block)
 
-    def sample_window(x, known, start, end):
-        position = torch.arange(start, start + T, device=DEVICE)
-        locked = ~known & (position >= end)
+    def sample_window(x, known, locked, start):
         allowed_here = None
         if allowed is not None:
             allowed_here = allowed[start:start + T]

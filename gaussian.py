@@ -294,11 +294,12 @@ class TokenDiffusion(GaussianDiffusion):
     @torch.no_grad()
     def sample(self, x, known, s, locked=None, predict_tokens=None):
         """Write the positions of x (B, T) where known (B, T) is False; yields (x, confidence) after
-        each of s.steps steps. Positions that are locked (B, T) stay noise. predict_tokens is called
-        instead of the method of that name, to steer. The network is shown the xhat of the step
-        before, or with s.two_pass that of a first pass at the same z. s.td: as of numbers."""
+        each of s.steps steps. Positions that are locked (B, T) stay noise, if the network is used
+        to that, by stagger. predict_tokens is called instead of the method of that name, to steer.
+        The network is shown the xhat of the step before, or with s.two_pass that of a first pass at
+        the same z. s.td: as of numbers."""
         predict_tokens = predict_tokens or self.predict_tokens
-        if locked is None:
+        if locked is None or not self.stagger:
             locked = torch.zeros_like(known)
         codes = self.embed_tokens(x.masked_fill(~known, 0))
         rand = torch.rand(known.shape).to(x.device)

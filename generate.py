@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import time
+import unicodedata
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from checkpoint import find_checkpoint, load
 from config import COLOR, DEVICE, Masked, Sample, check, parse, run
-from data import CharTokenizer
+from data import CharTokenizer, clean
 from train import build, reseed
 
 MAX_EVIDENCE = 32      # characters after a blank by which its length is chosen
@@ -29,12 +30,12 @@ BATCH = 64             # windows in one call
 # "Hi {12}, {20-60}" is [[ids of "Hi "], range(12, 13), [ids of ", "], range(20, 61)].
 
 def parse_prompt(text, tokenizer):
-    """str -> pieces; \\n is a new line, {{ a brace."""
+    """str -> pieces; \\n is a new line, \\\\ a backslash, {{ a brace."""
     pieces = []
+    text = clean(text)
     for literal, a, b in re.findall(r"((?:\{\{|[^{])+)|\{(\d{1,6})(?:-(\d{1,6}))?\}|\{", text):
         if literal:
-            literal = literal.replace("{{", "{").replace("\\n", "\n")
-            pieces.append(tokenizer.encode(literal).tolist())
+            pieces.append(tokenizer.encode(unescape(literal)).tolist())
         else:
             shortest = int(a or 0)
             longest = int(b or shortest)
@@ -42,6 +43,12 @@ def parse_prompt(text, tokenizer):
                                            "{20-60}, a brace {{")
             pieces.append(range(shortest, longest + 1))
     return pieces
+
+
+def unescape(text):
+    """Text with a new line for \\n, \\ for \\\\, { for {{."""
+    meaning = {r"\n": "\n", r"\\": "\\", "{{": "{"}
+    return "".join(meaning.get(part, part) for part in re.split(r"(\\n|\\\\|\{\{)", text))
 
 
 def join_pieces(pieces, mask_id):
@@ -61,11 +68,13 @@ def join_pieces(pieces, mask_id):
 
 def lay_out(pieces, length, T, mask_id):
     """ids, known (L,) of a text of `length` characters. 0: as many as the prompt if it has blanks,
-    else T, or one more than the prompt if that is more."""
+    else a window of T, or after a prompt that fills half of one a window more."""
     ids, known = join_pieces(pieces, mask_id)
     n = len(ids)
     if not length:
-        length = max(T, n + 1) if known.all() else n
+        length = n
+        if known.all():
+            length = T if n <= T // 2 else n + T
     check(length >= n, f"length={length} is shorter than the prompt, which has {n} characters")
     return F.pad(ids, (0, length - n), value=mask_id), F.pad(known, (0, length - n))
 
@@ -140,26 +149,32 @@ def write(method, ids, known, T, s, windows=None, sample=None):
     """Fill s.n copies of ids (L,) where known (L,) is False; yields (x, confidence), (n, L) each,
     after every step of the sampler.
 
-    The network always reads a whole window of T characters. A short text is the beginning of one; a
-    long one is written from left to right, each window starting half a window after the last. To
-    write in another way: windows [(start, end), ...], where what follows end stays unwritten, and
-    sample(x, known, start, end), which is called for method.sample(x, known, s)."""
+    The network always reads a whole window of T characters. A short text is the beginning of one,
+    whose rest stays unwritten. A long one is written from left to right, each window starting half
+    a window after the last. To write in another way: windows [(start, end), ...], where what
+    follows end stays unwritten, and sample(x, known, locked, start), called for method.sample."""
     L = len(ids)
     pad = (0, max(0, T - L))
     x = F.pad(ids, pad).to(DEVICE).repeat(s.n, 1)                      # (n, max(L, T))
     known = F.pad(known, pad).to(DEVICE).repeat(s.n, 1)
     x = x.masked_fill(~known, method.mask_id)
     confidence = known.float()
-    for start, end in windows or half_windows(L, T):
+    windows = windows or half_windows(L, T)
+    no_bar = None                                                      # one in a terminal
+    if s.watch or len(windows) == 1:
+        no_bar = True
+    for start, end in tqdm(windows, desc="windows written", leave=False, disable=no_bar):
         if known[:, start:end].all():
             continue
         window = slice(start, start + T)
         part = slice(start, end)
         n = end - start
+        locked = ~known[:, window]
+        locked[:, :n] = False
         if sample:
-            frames = sample(x[:, window], known[:, window], start, end)
+            frames = sample(x[:, window], known[:, window], locked, start)
         else:
-            frames = method.sample(x[:, window], known[:, window], s)
+            frames = method.sample(x[:, window], known[:, window], s, locked)
         for x_window, p in frames:
             x = x.clone()
             x[:, part] = x_window[:, :n]
@@ -172,7 +187,7 @@ def write(method, ids, known, T, s, windows=None, sample=None):
 def half_windows(L, T):
     """(start, end) of the windows of T over a text of L, each half a window after the last."""
     last = max(0, L - T)
-    return [(start, start + T) for start in [*range(0, last, max(1, T // 2)), last]]
+    return [(start, min(start + T, L)) for start in [*range(0, last, max(1, T // 2)), last]]
 
 
 def open_model(out, name, settings, build, methods):
@@ -191,16 +206,16 @@ def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):
     confidence = known.float().repeat(s.n, 1)
     n_calls = 0
     start_time = time.perf_counter()
-    watching = s.watch and COLOR
-    if watching:
+    if s.watch and COLOR:
         frames = watch(frames, tokenizer)
     for x, confidence in frames:
         n_calls += calls_per_frame
     seconds = time.perf_counter() - start_time
+    texts = ["".join(text) for text in painted_texts(tokenizer, x, confidence)]
+    print("\n\n".join(texts))
     report = f"{n_calls} network calls"
-    if not watching:
-        print("\n\n".join(to_texts(tokenizer, x, confidence)))
-        speed = s.n * int((~known).sum()) / seconds
+    if not s.watch:
+        speed = s.n * int((~known).sum()) / max(seconds, 1e-9)
         report += f", {seconds:.1f} s, {speed:,.0f} characters/s"
     print(report, file=sys.stderr)
 
@@ -224,26 +239,54 @@ def main(argv):
 # -------------------------------------------------------------------------------------------------
 # the terminal
 
-def to_texts(tokenizer, x, confidence):
-    """(n, L) each -> n texts, in colours where someone sees them."""
+def painted_texts(tokenizer, x, confidence):
+    """(n, L) each -> n texts as they are shown, each a list of characters."""
     rows = zip(x.tolist(), confidence.tolist(), strict=True)
     return [tokenizer.paint(ids, p) for ids, p in rows]
 
 
+def screen_rows(text, columns):
+    """The rows in which a text, a list of characters as they are shown, stands in a terminal. A
+    Chinese character is two columns wide, an accent none, a tab is shown as a space."""
+    rows = [""]
+    used = 0
+    for shown in text:
+        char = re.sub(r"\x1b\[[0-9;]*m", "", shown)                   # without its colour
+        width = 0
+        for ch in char:
+            if not unicodedata.combining(ch):
+                width += 1 + (unicodedata.east_asian_width(ch) in "WF")
+        if char == "\n" or used + width > columns:
+            rows.append("")
+            used = 0
+        if char != "\n":
+            rows[-1] += shown.replace("\t", " ")
+            used += width
+    return rows
+
+
 def watch(frames, tokenizer):
-    """Show frames (x, confidence) in the terminal, each over the last, and pass them on."""
+    """Show frames (x, confidence) in the terminal, each over the last, and pass them on. Of a text
+    that is higher than the window, the rows that end with the last one that has changed."""
+    before = []
     height = 0
     try:
         print("\x1b[?25l", end="")                                     # hide the cursor
         for x, confidence in frames:
-            up = f"\x1b[{height}F" if height else ""
-            print(f"{up}\x1b[J" + "\n\n".join(to_texts(tokenizer, x, confidence)), flush=True)
             columns, lines = shutil.get_terminal_size()
-            rows = "\n\n".join(tokenizer.decode(ids) for ids in x.tolist()).split("\n")
-            height = sum(1 + max(0, len(row) - 1) // columns for row in rows)
-            height = min(height, lines - 1)
+            rows = []
+            for text in painted_texts(tokenizer, x, confidence):
+                rows += [*screen_rows(text, columns), ""]
+            changed = [i for i, row in enumerate(rows) if row not in before[i:i + 1]]
+            end = max([lines - 1, *[i + 1 for i in changed]])
+            part = rows[:end][1 - lines:]
+            up = f"\x1b[{height}F" if height else ""
+            print(f"{up}\x1b[J" + "\n".join(part), flush=True)
+            height = len(part)
+            before = rows
             time.sleep(0.02)
             yield x, confidence
+        print(f"\x1b[{height}F\x1b[J", end="")                         # the whole text comes here
     finally:
         print("\x1b[?25h", end="", flush=True)                         # show it again
 

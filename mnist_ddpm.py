@@ -8,7 +8,6 @@ settings: config.Mnist, config.ImageSampler. Read with it: GaussianDiffusion in 
     python mnist_ddpm.py sample --digit=7 --guidance=2 --steps=50 --sampler=ddim
     python mnist_ddpm.py sample --trace           # also a strip from noise to digit
 """
-import gzip
 import hashlib
 import struct
 import zlib
@@ -21,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import find_checkpoint, load, start_or_resume
+from checkpoint import find_checkpoint, load, out_option, start_or_resume
 from config import DEVICE, HERE, MNIST_RECIPES, ImageSampler, Mnist, check, parse, print0, run
-from data import find
+from data import find, unzip
 from gaussian import GaussianDiffusion, TokenDiffusion
 from model import Transformer
 from train import fit, reseed
@@ -167,7 +166,7 @@ def main(argv):
     meta = {"method": "mnist", "script": "mnist_ddpm", **data.meta}
     out = fit(method, data, c, meta, show_sample, state)
     if out:
-        print0(f"done: python mnist_ddpm.py sample --out={out}")
+        print0(f"done: python mnist_ddpm.py sample {out_option(out)}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -196,7 +195,7 @@ def load_mnist(data_dir):
     for name, sha256 in MNIST:
         path = data_dir / f"mnist/{name}.gz"
         find(path, [f"{host}/{name}.gz" for host in HOSTS], sha256)
-        raw = gzip.decompress(path.read_bytes())
+        raw = unzip(path.read_bytes())
         if "images" in name:
             arrays.append(np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28))
         else:

@@ -8,7 +8,9 @@ fit and evaluate are shared by every script that trains.   settings: config.Mask
 """
 import copy
 import math
+import os
 import signal
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,8 +21,9 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import RunFolder, start_or_resume, try_to_write, write_log
-from config import AMP, DEVICE, GPU, RANK, WORLD_SIZE, Masked, Sample, check, print0, run
+from checkpoint import RunFolder, out_option, start_or_resume, try_to_write, write_log
+from config import (AMP, DEVICE, GPU, RANK, WORLD_SIZE, Masked, Sample, check, first_line, print0,
+                    run)
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
 from model import Transformer
@@ -157,7 +160,7 @@ class Progress:
     seconds: float = 0.0
     best_bound: float = math.inf
     log: list = field(default_factory=list)      # the rows of log.csv
-    loss_sum: torch.Tensor | float = 0.0         # since the last evaluation
+    loss_sum: float = 0.0                        # since the last evaluation
     loss_count: int = 0
 
 
@@ -223,7 +226,8 @@ def fit(method, data, c, meta, show_sample, state=None):
             progress.loss_sum = torch.zeros_like(loss)
             progress.loss_count = 0
         states = {name: part.state_dict() for name, part in parts.items()}
-        folder.save("ckpt.pt", {**states, "step": progress.step, "progress": vars(progress)})
+        states["progress"] = {**vars(progress), "loss_sum": float(progress.loss_sum)}
+        folder.save("ckpt.pt", {**states, "step": progress.step})
         try_to_write(write_log, folder.path / "log.csv", progress.log)
         if evaluating:
             try_to_write(show_sample, ema, folder.path)
@@ -234,7 +238,8 @@ def fit(method, data, c, meta, show_sample, state=None):
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if progress.step < c.max_iters:
-        print0(f"stopped at step {progress.step}, saved in {folder.path}; --resume goes on")
+        print0(f"stopped at step {progress.step} and saved: --resume {out_option(folder.path)} "
+               "goes on")
         return None
     if RANK == 0:
         evaluate_best(ema, data, folder, c.windows)
@@ -248,7 +253,7 @@ def fit_text(method, data, c, meta, s, state):
         x = torch.zeros(1, c.block_size, dtype=torch.long, device=DEVICE)
         nothing_known = torch.zeros_like(x, dtype=torch.bool)
         *_, (x, confidence) = ema.sample(x, nothing_known, s)
-        print0(data.tokenizer.paint(x[0].tolist(), confidence[0].tolist()))
+        print0("".join(data.tokenizer.paint(x[0].tolist(), confidence[0].tolist())))
     return fit(method, data, c, meta, show_sample, state)
 
 
@@ -260,7 +265,7 @@ def main(argv):
     meta = {"method": c.objective, "script": "train", **data.meta}
     out = fit_text(method, data, c, meta, Sample(steps=64), state)
     if out:
-        print0(f"done: python generate.py --out={out}")
+        print0(f"done: python generate.py {out_option(out)}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -269,7 +274,7 @@ def main(argv):
 def log_evaluation(ema, data, c, folder, progress, mean_loss):
     """Print the bound of the averaged weights, add it to the log, and save the best of them."""
     n_chars = progress.step * c.grad_accum * c.batch_size * data.T
-    speed = n_chars / progress.seconds                                 # of all steps so far
+    speed = n_chars / max(progress.seconds, 1e-9)                      # of all steps so far
     e = evaluate(ema, *eval_subset(data.val, c, ema))
     print0(f"step {progress.step} | loss {mean_loss:.3f} | {describe(e, ema, data.unit)} | "
            f"{speed:,.0f} {data.unit}s/s")
@@ -290,7 +295,8 @@ def evaluate_best(ema, data, folder, max_windows):
     try:
         e = evaluate(ema, val, ema.eval_levels)
     except KeyboardInterrupt:
-        raise SystemExit(f"the run is saved in {folder.path}; --resume evaluates it") from None
+        raise SystemExit(f"the run is saved: --resume {out_option(folder.path)} evaluates it"
+                         ) from None
     folder.save("best.pt", {"step": best["step"], "ema": best["ema"], "bound": e["bound"],
                             "stderr": e["stderr"]})
     folder.write_status("finished")
@@ -334,6 +340,8 @@ class StopSignal:
     def __init__(self):
         self.requested = False
         self.previous = {}
+        if threading.current_thread() is not threading.main_thread():
+            return                                                     # only it has handlers
         for number in signal.Signals:
             stops = number.name in ("SIGINT", "SIGTERM", "SIGHUP")     # Windows has no SIGHUP
             if stops and signal.getsignal(number) != signal.SIG_IGN:   # nohup ignores it
@@ -351,17 +359,19 @@ class StopSignal:
 
 def join_processes(c, meta):
     """Join the processes of torchrun; all must read the same data."""
+    if WORLD_SIZE == 1 and RANK == 0:
+        return
+    check(RANK < WORLD_SIZE and "MASTER_ADDR" in os.environ,
+          f"RANK={RANK} and WORLD_SIZE={WORLD_SIZE} are set, but not by torchrun: unset them")
     check(c.grad_accum % WORLD_SIZE == 0,
           f"grad_accum={c.grad_accum} is not a multiple of the {WORLD_SIZE} processes")
-    if WORLD_SIZE == 1:
-        return
     # two hours, because the others wait while the first evaluates
     backend = "nccl" if GPU else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     data = [None] * WORLD_SIZE
     dist.all_gather_object(data, meta["data"])
     names = ", ".join(d["name"] for d in data)
-    check(all(d == data[0] for d in data), f"the processes read different data: {names}")
+    check(len({d["sha256"] for d in data}) == 1, f"the processes read different data: {names}")
 
 
 def all_reduce(method, loss, stop):
@@ -387,7 +397,8 @@ def compile_net(method, data, c):
         method(data.batch(c.batch_size)).backward()
     except Exception as error:
         method.net._compiled_call_impl = None
-        print0(f"going on without torch.compile, which failed here: {type(error).__name__}")
+        print0("going on without torch.compile, which failed here: "
+               f"{type(error).__name__}: {first_line(error)}")
     method.zero_grad(set_to_none=True)
 
 

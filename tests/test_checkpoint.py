@@ -305,7 +305,7 @@ def test_a_signal_saves_the_step_that_was_reached(corpus, tmp_path, name):
     assert code == 0 and "Traceback" not in text, text
     step = read_state(out)["step"]
     assert step > 100
-    assert text.splitlines()[-1] == f"stopped at step {step}, saved in {out}; --resume goes on"
+    assert text.splitlines()[-1] == f"stopped at step {step} and saved: --resume --out={out} goes on"
     assert (out / "status").read_text() != "finished"
 
 

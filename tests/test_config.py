@@ -21,9 +21,9 @@ SCRIPTS = {"train": train, "generate": generate, "bits": analog_bits, "embed": e
 
 def test_what_is_typed_has_the_type_of_the_field():
     typed = parse(["--dropout=0", "--learning_rate=1", "--out=a=b", "--n_layer", "3", "--time",
-                   "--compile=false", "--data_dir=123"], Masked)
+                   "--compile=false", "--dataset=123"], Masked)
     assert typed == dict(dropout=0.0, learning_rate=1.0, out="a=b", n_layer=3, compile=False,
-                         time=True, data_dir="123")
+                         time=True, dataset="123")
     assert [type(typed[name]) for name in ("dropout", "learning_rate")] == [float, float]
     assert parse([], Masked) == {}
     assert parse(["--n_layer=1", "--n_layer=2"], Masked) == {"n_layer": 2}
@@ -83,9 +83,9 @@ BAD = [   # script, arguments, what the one line says
     ("train --dropout=1", "dropout=1.0 must be less than 1"),
     ("train --seed=-1", "seed=-1 must be 0 or more"),
     ("train --objective=gan", "argument --objective: invalid choice: 'gan' (choose from"),
-    ("train --dataset=nowhere.txt", "no dataset 'nowhere.txt': one of auto, shakespeare"),
-    ("train --dataset=TMP", "no dataset 'TMP': one of auto"),
-    ("train --dataset=TMP/empty.txt", "empty.txt has 0 characters to train on"),
+    ("train --dataset=nowhere.txt", "no text file 'nowhere.txt', and no corpus: shakespeare"),
+    ("train --dataset=TMP", "no text file 'TMP', and no corpus"),
+    ("train --dataset=TMP/empty.txt", "empty.txt has 0 different characters"),
     ("train --dataset=TMP/short.txt", "has 90 characters to train on, 10 to validate"),
     ("train --dataset=TMP/binary.txt", "is not text: it has zero bytes"),
     ("train --dataset=TMP/latin1.txt", "is not UTF-8 text, see byte 3"),
@@ -103,7 +103,7 @@ BAD = [   # script, arguments, what the one line says
      "this run was trained on file text.txt, not on this file text.txt"),
     ("generate --order=alphabetical", "argument --order: invalid choice: 'alphabetical'"),
     ("generate --n_layer=8", "no setting '--n_layer=8', did you mean"),
-    ("generate --steps=0", "steps=0 must be 1 or more"),
+    ("generate --steps=-1", "steps=-1 must be 0 or more"),
     ("generate --temperature=-1", "temperature=-1.0 must be 0 or more"),
     ("generate --out=TMP/none", "no checkpoint at TMP/none: train first, or pass --out=FOLDER"),
     ("generate --out=TMP/text.txt", "is damaged, or no checkpoint of ours"),
@@ -146,7 +146,7 @@ def files(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "cut").mkdir()
     (tmp / "changed").mkdir()
-    contents = {"empty.txt": b"", "short.txt": b"x" * 100, "binary.txt": b"ab\0c" * 999,
+    contents = {"empty.txt": b"", "short.txt": b"xy" * 50, "binary.txt": b"ab\0c" * 999,
                 "latin1.txt": b"caf\xe9 " * 999, "text.txt": b"abcd abd acd\n" * 999,
                 "other.txt": b"abcd acb acb\n" * 999, "changed/text.txt": b"abcd dbc acd\n" * 999,
                 "cut/tinyshakespeare.txt": b"First Citizen:\n"}

@@ -155,14 +155,13 @@ def test_split_windows_and_batches(tmp_path):
     path = tmp_path / "abc.txt"
     path.write_bytes("\ufeffab\r\ncé".encode() * 200)
     d = Text(Masked(dataset=str(path), block_size=7))
-    # only the first byte-order mark is one; \r is gone
-    assert d.tokenizer.chars == d.meta["alphabet"] == "\nabcé\ufeff"
-    N = 6 * 200 - 1
+    assert d.tokenizer.chars == d.meta["alphabet"] == "\nabcé"
+    N = 5 * 200
     n = int(0.9 * N)
     assert d.train.dtype == torch.uint8 and len(d.train) == n
     assert d.val.shape == ((N - n) // 7, 7)
     ids = torch.cat([d.train, d.val.flatten()]).tolist()
-    assert d.tokenizer.decode(ids) == path.read_text("utf-8-sig")[:len(ids)]
+    assert d.tokenizer.decode(ids) == ("ab\ncé" * 200)[:len(ids)]
     d.train = torch.arange(20)                             # windows that can be told apart
     x = d.batch(500)
     assert x.shape == (500, 7) and x.dtype == torch.int64
@@ -221,17 +220,25 @@ def test_an_unknown_character_is_named():
     assert tokenizer.encode("b\na").tolist() == [1, 2, 0]
     with pytest.raises(SystemExit) as e:
         tokenizer.encode("ab\U0001f600b")
-    assert "has never seen '\U0001f600', only 'ab\\n'" in last_line(e.value)
+    assert "has never seen '\U0001f600' (U+1F600), only 'ab\\n'" in last_line(e.value)
+    with pytest.raises(SystemExit) as e:                   # an alphabet of 9,000 is not printed
+        CharTokenizer("".join(map(chr, range(0x4e00, 0x7000)))).encode("\u200b")
+    line = last_line(e.value)
+    assert "(U+200B)" in line and len(line) < 200 and line.endswith("'...")
 
 
 def test_colours_are_shown_only_where_someone_sees_them(monkeypatch):
     """From red to green by confidence, a MASK grey; no control code of the text's own."""
     tokenizer = CharTokenizer("a\n\x1b")
-    assert tokenizer.paint([0, 1, 3], [0.0, 1.0, 0.0]) == "a\n·"
+    ids = [0, 0, 1, 2, 3]
+    confidence = [0.0, 1.0, 1.0, 1.0, 0.0]
+    assert tokenizer.paint(ids, confidence) == ["a", "a", "\n", "\x1b", "·"]       # into a file
+    monkeypatch.setattr(data, "TERMINAL", True)
+    assert tokenizer.paint(ids, confidence) == ["a", "a", "\n", "\ufffd", "·"]
     monkeypatch.setattr(data, "COLOR", True)
-    painted = tokenizer.paint([0, 0, 1, 2, 3], [0.0, 1.0, 1.0, 1.0, 0.0])
-    colours = "\x1b[38;5;203ma\x1b[38;5;113ma\x1b[38;5;113m\n\x1b[38;5;113m\ufffd\x1b[38;5;240m·"
-    assert painted == colours + "\x1b[0m"
+    painted = [f"\x1b[38;5;{shade}m{text}\x1b[0m" for shade, text in [
+        (203, "a"), (113, "a"), (113, "\n"), (113, "\ufffd"), (240, "·")]]
+    assert tokenizer.paint(ids, confidence) == painted
 
 
 # -------------------------------------------------------------------------------------------------

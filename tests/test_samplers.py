@@ -164,7 +164,7 @@ def test_confidence_is_the_probability_each_token_was_drawn_with():
     x = torch.full((50, 4), 3)
     (y, confidence), = MaskedDiffusion(net, 3).sample(x, x < 3, s)
     _, _, drawn = one_call(net(x[:1], torch.ones(1))[0], [0, 1, 2, 3], 4, 1, Sample(
-        order="margin", temperature=0.5, top_k=2))
+        order="margin", temperature=0.5, top_k=2, steps=1))
     truth = torch.from_numpy(drawn)[torch.arange(4), y].float()
     assert torch.allclose(confidence, truth, atol=1e-5) and truth.min() < 0.5
 
@@ -175,6 +175,25 @@ def test_oracle_sampler_reproduces_the_joint(order):
     oracle = Oracle(3, 3)
     s = Sample(**{**EXACT, "order": order}, steps=3)
     check_distribution(draw(MaskedDiffusion(oracle, 3), 20000, s), 3, oracle.p)
+
+
+def test_what_is_locked_stays_unwritten_and_the_rest_has_its_marginal():
+    """The last of three is locked: the first two are written in four calls, as they are likely."""
+    oracle = Oracle(3, 3)
+    x = torch.zeros(20000, 3, dtype=torch.long)
+    nothing_known = x < 0
+    locked = nothing_known | torch.tensor([False, False, True])
+    torch.manual_seed(0)
+    for method in (MaskedDiffusion(oracle, 3), Autoregressive(Oracle(3, 3, causal=True), 3)):
+        frames = list(method.sample(x, nothing_known, Sample(**EXACT), locked))
+        assert len(frames) == 2                            # remask=0: done after one call each
+        y, confidence = frames[-1]
+        assert (y[:, 2] == 3).all() and not confidence[:, 2].any()
+        check_distribution(y[:, :2], 3, oracle.p.view(3, 3, 3).sum(2).flatten())
+    s = Sample(**{**EXACT, "remask": 0.5})
+    frames = list(MaskedDiffusion(oracle, 3).sample(x, nothing_known, s, locked))
+    assert len(frames) == 4                                # steps=0: two calls a position
+    assert all((y[:, 2] == 3).all() for y, _ in frames) and (frames[-1][0][:, :2] < 3).all()
 
 
 def test_infilling_samples_the_conditional():

@@ -54,8 +54,8 @@ def test_blanks_are_filled_where_they_stand(trained):
 
 @pytest.mark.parametrize("args, calls", [
     ("--order=confidence --steps=4", 4), ("--order=margin --counts=documents --steps=9", 9),
-    ("--remask=0.1", 256), ("--order=entropy --counts=cosine --steps=5", 5),
-    ("--counts=entropy --entropy_bound=0.5 --remask=0", 32), ("--temperature=0 --top_k=3", 256)])
+    ("--remask=0.1", 64), ("--order=entropy --counts=cosine --steps=5", 5),
+    ("--counts=entropy --entropy_bound=0.5 --remask=0", 32), ("--temperature=0 --top_k=3", 64)])
 def test_samplers(trained, args, calls):
     done = run("generate.py", f"--out={trained}", "--length=32", *args.split())
     assert len(done.stdout) == 33 and "·" not in done.stdout
@@ -87,9 +87,12 @@ def test_watch_shows_frames_only_in_a_terminal(trained):
     if os.name != "posix":
         return
     args = ["generate.py", f"--out={trained}", "--watch", "--length=32", "--steps=4"]
-    out = in_terminal(args)
-    assert out.count("\x1b[J") == 4 and "·" in out and out.endswith("\x1b[?25h")
+    frames, shown_again, text = in_terminal(args).partition("\x1b[?25h")
+    assert frames.count("\x1b[J") == 5 and "·" in frames   # four frames, and none is left
+    colours = re.compile(r"\x1b\[[0-9;]*m")
+    assert colours.search(text) and len(colours.sub("", text).replace("\r", "")) == 33
     assert "\x1b" not in in_terminal(args, NO_COLOR="1")
+    assert "\x1b" not in in_terminal(args, TERM="dumb")
 
 
 def in_terminal(args, **env):
@@ -133,7 +136,7 @@ def test_prompts():
 
 
 @pytest.mark.parametrize("prompt, length, n, unknown", [
-    ("", 0, 8, 8), ("ab", 0, 8, 6), ("abc" * 4, 0, 13, 1), ("a{2}b", 0, 4, 2), ("a{2}b", 6, 6, 4),
+    ("", 0, 8, 8), ("ab", 0, 8, 6), ("abca", 0, 8, 4), ("abcab", 0, 13, 8), ("abc" * 4, 0, 20, 8), ("a{2}b", 0, 4, 2), ("a{2}b", 6, 6, 4),
     ("{20}", 0, 20, 20), ("ab", 3, 3, 1), ("ab", 2, 2, 0)])
 def test_how_long_a_text_is(prompt, length, n, unknown):
     ids, known = lay_out(parse_prompt(prompt, CharTokenizer("abc")), length, 8, mask_id=3)
@@ -148,11 +151,12 @@ class Spy:
     def __init__(self):
         self.widths = set()
 
-    def sample(self, x, known, s):
+    def sample(self, x, known, s, locked):
         assert ((x == 9) == ~known).all()                  # what is before is written by now
+        assert not (known & locked).any()
         self.widths.add(x.size(1))
         yield torch.where(known, x, 9), torch.zeros(x.shape)
-        yield torch.where(known, x, 1), torch.ones(x.shape) * 0.5
+        yield torch.where(known | locked, x, 1), torch.ones(x.shape) * 0.5
 
 
 @pytest.mark.parametrize("L", [1, 7, 8, 9, 12, 13, 30])
@@ -166,5 +170,5 @@ def test_windows_cover_every_length_and_never_show_an_unwritten_context(L):
     assert confidence.tolist() == [expected] * 2
     assert spy.widths == {8}
     starts, ends = zip(*half_windows(L, 8), strict=True)
-    assert starts[0] == 0 and ends[-1] == max(L, 8)
+    assert starts[0] == 0 and ends[-1] == L
     assert all(0 < b - a <= 4 for a, b in zip(starts, starts[1:]))
