@@ -226,8 +226,9 @@ def num_masked(rate, T):
 
 
 def rank(x):
-    """Rank of each element in its row, 0 for the smallest: (B, T) -> (B, T)."""
-    return x.argsort(1).argsort(1)
+    """Rank of each element in its row, 0 for the smallest, of equals the leftmost first: (B, T) ->
+    (B, T)."""
+    return x.argsort(dim=1, stable=True).argsort(1)
 
 
 def entropy(probs):
@@ -237,11 +238,14 @@ def entropy(probs):
 
 def token_log_probs(logits, temperature, top_k):
     """Log-softmax with temperature (0 is argmax) and top-k (0 is all): (..., V) -> (..., V)."""
+    if temperature == 0:
+        top_k = 1
+        temperature = 1
     if top_k:
         kth_best = logits.topk(min(top_k, logits.size(-1))).values[..., -1:]
         logits = logits.masked_fill(logits < kth_best, -math.inf)
     logits = logits - logits.amax(-1, keepdim=True)        # no overflow at a tiny temperature
-    return (logits / max(temperature, 1e-6)).log_softmax(-1)
+    return (logits / temperature).log_softmax(-1)
 
 
 def sample_tokens(log_probs):
@@ -278,7 +282,7 @@ def num_to_reveal(counts, n_masked, n_total, steps_left, steps):
 
 def entropy_bounded_count(probs, score, bound):
     """The EB sampler: reveal in order of score while sum of entropies - the largest <= bound."""
-    sorted_score, order = score.sort(1, descending=True)
+    sorted_score, order = score.sort(dim=1, descending=True, stable=True)
     nats = entropy(probs).gather(1, order).masked_fill(sorted_score == -math.inf, math.inf)
     # behind the masked positions this is inf - inf = nan, and nan <= bound is False
     return (nats.cumsum(1) - nats.cummax(1).values <= bound).sum(1)
@@ -289,12 +293,10 @@ def keep_apart(score, min_distance):
 
     Greedy: take the best, drop its neighbourhood, repeat; the others follow in their old order.
     Tokens revealed in one call are drawn independently, which hurts most between neighbours.
-    Positions with score -inf are no candidates and stay -inf. Ties are broken at random."""
+    Positions with score -inf are no candidates and stay -inf."""
     T = score.size(1)
-    shuffled = torch.rand_like(score).argsort(1)                       # positions, in any order
-    order = score.gather(1, shuffled).argsort(dim=1, stable=True)
-    worst_first = shuffled.gather(1, order)                            # positions, by score
-    ranks = worst_first.argsort(1).float()                             # (B, T), 0 is the worst
+    torch.rand_like(score)
+    ranks = T - 1.0 - rank(-score)                                     # (B, T), 0 is the worst
     candidate = score > -math.inf
     # all local maxima at once: the same choice as one at a time, in fewer rounds
     free = candidate
