@@ -1,5 +1,6 @@
 """Checkpoints of any method, and their likelihood: the bound with both its errors, differences from
-the first checkpoint, the exact value from left to right."""
+the first checkpoint, the exact value from left to right, cross-entropy by noise level."""
+import contextlib
 import functools
 import importlib
 import math
@@ -15,10 +16,12 @@ from tqdm import tqdm
 
 import train
 from checkpoint import load
-from config import GPU, HERE, Masked, Settings, check
+from config import GPU, HERE, Masked, Mnist, Settings, check
 from data import Text
 from diffusion import MaskedDiffusion
 from evaluation.report import Table
+from gaussian import TokenDiffusion, position_times, q_sample
+from mnist_ddpm import Images
 from train import block_stderr, spaced_rows
 
 
@@ -40,7 +43,6 @@ class Evaluate(Settings):   # python -m evaluation: which checkpoints, how much 
     n: int = 200                   # blocks to sample, and held-out blocks to infill; 0: none
     digits: int = 10000 if GPU else 1000   # images to sample; 0: none
     eval_model: str = ""           # an AR checkpoint that scores samples; empty: results/judge.pt
-    frontier: bool = False         # also samples at four temperatures, or with four td
     # of masked models and the baseline, as in config.Sample
     steps: int = 256
     order: Literal["random", "confidence", "margin", "entropy"] = "margin"
@@ -59,13 +61,12 @@ class Evaluate(Settings):   # python -m evaluation: which checkpoints, how much 
     guidance: float = 1.4
 
     def __post_init__(self):
-        # what a sampler takes is checked there: n=0, which is no samples, is refused by Settings
-        for name in ("windows", "draws"):
+        # what a sampler takes is checked there; fewer than these have no standard error
+        least = {"windows": 2, "draws": 2, "exact": 2, "n": 2, "digits": 10}
+        for name, number in least.items():
             value = getattr(self, name)
-            check(value >= 2, f"{name}={value} must be 2 or more")
-        for name, least in [("exact", 2), ("n", 2), ("digits", 10)]:
-            value = getattr(self, name)
-            check(value == 0 or value >= least, f"{name}={value} must be 0, or {least} or more")
+            none = value == 0 and name not in ("windows", "draws")
+            check(value >= number or none, f"{name}={value} must be {number} or more")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,57 +82,66 @@ class Checkpoint:
 def import_script(stem):
     """STEM.py of the clone's root or of experiments/. Nothing else is imported by name."""
     check(str(stem).isidentifier(), f"{stem!r} is no name of a script")
-    if (HERE / f"{stem}.py").is_file():
-        script = importlib.import_module(stem)
-    else:
-        check((HERE / f"experiments/{stem}.py").is_file(),
-              f"its script, {stem}.py, is neither here nor in experiments/")
-        script = importlib.import_module(f"experiments.{stem}")
+    module = stem
+    if not (HERE / f"{stem}.py").is_file():
+        module = f"experiments.{stem}"
+        check((HERE / f"experiments/{stem}.py").is_file(), f"{stem}.py is not in this clone")
+    script = importlib.import_module(module)
     check(vars(script).keys() >= {"SETTINGS", "SAMPLER", "build"},
-          f"its script, {stem}.py, has no SETTINGS, SAMPLER and build")
+          f"{stem}.py has no SETTINGS, SAMPLER and build")
     return script
 
 
 def open_checkpoint(path):
     """A checkpoint or a run's folder -> Checkpoint, built by the script that it names."""
     path = Path(path)
-    file = path / "best.pt" if path.is_dir() else path
-    script = train
-    methods = ["masked", "ar"]
-    try:
+    stem = "train"
+    name = "masked"
+    # whatever torch.load makes of a file that is not ours: load says what is wrong with it
+    with contextlib.suppress(Exception):
+        file = path / "best.pt" if path.is_dir() else path
         state = torch.load(file, map_location="cpu", weights_only=True)
-        script = import_script(state["script"])
-        methods = [state["method"]]
-    except SystemExit as error:
-        raise SystemExit(f"{path} cannot be opened: {error}") from None
-    except Exception:              # whatever torch.load makes of a file that is not ours
-        pass                       # load says what is wrong with it
-    method, c, meta = load(path, script.SETTINGS, script.build, methods)
-    return Checkpoint(str(path), meta["method"], c, meta, method, script)
+        stem = state["script"]
+        name = state["method"]
+    script = import_script(stem)
+    method, c, meta = load(path, script.SETTINGS, script.build, [name])
+    return Checkpoint(str(path), name, c, meta, method, script)
 
 
-@functools.cache
-def read_text(dataset, data_dir, block_size, train_size, is_bytes):
-    c = Masked(dataset=dataset, data_dir=data_dir, block_size=block_size, train_size=train_size)
-    return Text(c, is_bytes)
+# what was read stays; the keys are settings
+read_text = functools.cache(Text)
+read_images = functools.cache(Images)
 
 
 def corpus(checkpoint, s):
-    """The Text a checkpoint was trained on, read once; one line and exit 1 if it is another."""
+    """The Text a checkpoint was trained on, or for pixels, which have no alphabet, the Images. Read
+    once; one line and exit 1 if they are others."""
     name = checkpoint.meta["data"]["name"]
     if name.startswith("file "):
         check(s.dataset, f"{checkpoint.path} was trained on the {name}: pass its path, "
                          "--dataset=PATH")
         name = s.dataset
-    c = checkpoint.c
-    data = read_text(name, s.data_dir, c.block_size, c.train_size, checkpoint.meta["is_bytes"])
+    if checkpoint.meta["alphabet"]:
+        c = Masked(dataset=name, data_dir=s.data_dir, block_size=checkpoint.c.block_size,
+                   train_size=checkpoint.c.train_size)
+        data = read_text(c, checkpoint.meta["is_bytes"])
+    else:
+        data = read_images(Mnist(dataset=name, data_dir=s.data_dir))
     check(data.meta["data"]["sha256"] == checkpoint.meta["data"].get("sha256"),
           f"{checkpoint.path} was trained on another {name} than this {data.name}")
     return data
 
 
-# -------------------------------------------------------------------------------------------------
-# the bound
+def grouped(checkpoints, s):
+    """[(data, checkpoints)] for each corpus, alphabet and block size. Of checkpoints that differ in
+    train_size, the data of the first."""
+    groups = {}
+    for checkpoint in checkpoints:
+        data = corpus(checkpoint, s)
+        key = data.meta["data"]["sha256"], data.meta["alphabet"], data.T, data.unit
+        groups.setdefault(key, []).append(checkpoint)
+    return [(corpus(group[0], s), group) for group in groups.values()]
+
 
 def likelihood(method, val, draws=2):
     """The bound of a method on val (W, T), from so many sets of masks or noise. -> dict: bound,
@@ -176,65 +186,99 @@ def left_to_right(method, x0):
     return nats / T
 
 
-# -------------------------------------------------------------------------------------------------
+def unigram_of(data):
+    """The frequencies (V,) of the characters of the training text, with one added to each count."""
+    counts = torch.bincount(data.train.long(), minlength=len(data.tokenizer)).double() + 1
+    return counts / counts.sum()
+
+
+@torch.no_grad()
+def cross_entropy_by_noise(method, data, n=64):
+    """Nats of the text that Gaussian diffusion predicts, in fifths of the time, from n windows at
+    five times each.
+
+    A network that predicts numbers has no probabilities: log p = log unigram - beta |xhat - C|^2,
+    with the best beta in each fifth, so that the scale of its table does not matter."""
+    x0 = spaced_rows(data.val, n).long().repeat(5, 1)
+    B, T = x0.shape
+    g = torch.Generator().manual_seed(0)
+    t = (torch.arange(B) + torch.rand(B, generator=g)) / B
+    rand = None
+    if method.stagger:
+        rand = torch.rand(B, T, generator=g)
+    known = torch.zeros(B, T, dtype=torch.bool)
+    t_pos, _ = position_times(t.double()[:, None], rand, method.stagger, known)
+    t_pos = t_pos.expand(B, T).to(x0.device)
+    gamma = method.gamma_min + t_pos * (method.gamma_max - method.gamma_min)
+    x = method.embed_tokens(x0)
+    z = q_sample(x, gamma, torch.randn(x.shape, generator=g).to(x))
+
+    # predict; the scores of tokens that are not probabilities depend on beta
+    x_prev = None
+    if method.self_cond:
+        x_prev, _ = method.predict_tokens(z, gamma)
+    xhat, probs = method.predict_tokens(z, gamma, x_prev=x_prev)
+    means = []
+    for i in range(1, 6):
+        here = ((t_pos * 5).ceil() == i) & (t_pos < 1)
+        if method.predict == "tokens":
+            tried = [probs[here].clamp(min=1e-30).log()]
+        else:
+            distance = (xhat[here][:, None] - method.table).square().sum(-1)
+            log_unigram = unigram_of(data).to(distance).log()
+            tried = [log_unigram - 2.0 ** k * distance for k in range(-10, 16)]
+        means.append(min(F.cross_entropy(logits, x0[here]).item() for logits in tried))
+    return means
+
+
 # tables
 
-LIKELIHOOD_COLUMNS = {
-    "checkpoint": 0, "method": 0, "parameters": 0, "steps": 0, "bound, nats/char": 4, "± text": 4,
-    "± draws": 4, "bits/char": 3, "minus the first": 4, "masked CE": 3, "left to right": 4,
-    "minus its bound there": 4}
+CE_TITLE = "cross-entropy of the predicted characters by noise, nats"
 FIFTH_COLUMNS = {"checkpoint": 0, "0-20%": 3, "20-40%": 3, "40-60%": 3, "60-80%": 3, "80-100%": 3}
 
 
-def n_parameters(method):
-    return sum(p.numel() for p in method.parameters())
+def likelihood_columns(unit):
+    return {
+        "checkpoint": 0, "method": 0, "parameters": 0, "steps": 0, f"bound, nats/{unit}": 4,
+        "± text": 4, "± draws": 4, f"bits/{unit}": 3, "minus the first": 4, "masked CE": 3,
+        "left to right": 4, "minus its bound there": 4}
 
 
 def mean_and_stderr(windows):
     return windows.mean().item(), block_stderr(windows)
 
 
-def likelihood_tables(checkpoints, s):
-    """The bounds, a table for each corpus, alphabet and block size, in which all have the same
-    windows under the same masks and are compared with the first; and their parts by noise level.
-    -> tables"""
-    groups = {}
-    for checkpoint in checkpoints:
-        data = corpus(checkpoint, s)
-        key = data.name, data.meta["data"]["sha256"], data.tokenizer.chars, data.T, data.unit
-        groups.setdefault(key, []).append(checkpoint)
-    tables = []
-    noise_levels = {}
-    for group in groups.values():
-        data = corpus(group[0], s)
-        tables.append(Table(bound_title(data, s.windows), LIKELIHOOD_COLUMNS))
-        first = None
-        for checkpoint in group:
-            e = likelihood(checkpoint.method, spaced_rows(data.val, s.windows), s.draws)
-            tables[-1].add(*bound_row(checkpoint, data, e, first, s))
-            if first is None:
-                first = e["windows"]
-            if checkpoint.method.eval_levels > 1:
-                title = f"nats by {checkpoint.method.noise_name}"
-                noise_levels.setdefault(title, []).append([checkpoint.path, *e["fifths"]])
-    for title, rows in noise_levels.items():
-        tables.append(Table(title, FIFTH_COLUMNS, rows))
-    return tables
-
-
-def bound_title(data, most):
+def likelihood_tables(checkpoints, data, s):
+    """The bounds of checkpoints on the same data: all have the same windows under the same masks
+    and are compared with the first; and their parts by noise level. -> tables"""
     W = len(data.val)
-    cut = f"{most:,} of {W:,} " if most < W else ""
-    unit = "bytes; nats and bits are per byte" if data.unit == "byte" else "characters"
-    return (f"{data.name}, held out: {cut}windows of {data.T}, {len(data.tokenizer)} different "
-            f"{unit}")
+    cut = f"{s.windows:,} of {W:,} " if s.windows < W else ""
+    title = f"{data.name}, held out: {cut}windows of {data.T} {data.unit}s"
+    table = Table(title, likelihood_columns(data.unit))
+    first = None
+    by_noise = {}
+    for checkpoint in checkpoints:
+        method = checkpoint.method
+        e = likelihood(method, spaced_rows(data.val, s.windows), s.draws)
+        table.add(*bound_row(checkpoint, data, e, first, s))
+        if first is None:
+            first = e["windows"]
+        if method.eval_levels > 1:
+            rows = by_noise.setdefault(f"nats by {method.noise_name}", [])
+            rows.append([checkpoint.path, *e["fifths"]])
+        if isinstance(method, TokenDiffusion) and data.meta["alphabet"]:
+            rows = by_noise.setdefault(CE_TITLE, [])
+            rows.append([checkpoint.path, *cross_entropy_by_noise(method, data, 256)])
+    return [table, *(Table(title, FIFTH_COLUMNS, rows) for title, rows in by_noise.items())]
 
 
 def bound_row(checkpoint, data, e, first, s):
-    """A row of LIKELIHOOD_COLUMNS; first (W,): the bounds of the first row, or None."""
+    """A row of a table of bounds; first (W,): those of the first row, or None."""
     method = checkpoint.method
-    exact = method.eval_levels == 1
-    error = math.hypot(e["stderr"], e["mc"])
+    bits = (e["bound"] / math.log(2), math.hypot(e["stderr"], e["mc"]) / math.log(2))
+    mc = e["mc"]
+    if method.eval_levels == 1:
+        mc = "exact"
     difference = None
     if first is not None:
         difference = mean_and_stderr(e["windows"] - first)
@@ -245,7 +289,6 @@ def bound_row(checkpoint, data, e, first, s):
         nats = torch.cat([left_to_right(method, batch) for batch in x.split(128)])
         in_order = mean_and_stderr(nats)
         gap = mean_and_stderr(nats - spaced_rows(e["windows"], s.exact))
-    return (checkpoint.path, checkpoint.name, n_parameters(method), checkpoint.meta["step"],
-            e["bound"], e["stderr"], "exact" if exact else e["mc"],
-            (e["bound"] / math.log(2), error / math.log(2)), difference,
-            None if exact else e["masked_ce"], in_order, gap)
+    n_parameters = sum(p.numel() for p in method.parameters())
+    return (checkpoint.path, checkpoint.name, n_parameters, checkpoint.meta["step"], e["bound"],
+            e["stderr"], mc, bits, difference, e["masked_ce"], in_order, gap)

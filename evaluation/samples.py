@@ -1,16 +1,19 @@
-"""Samples of text: one way to write with a checkpoint of any method, and what texts are worth."""
+"""Samples of text: one way to write with a checkpoint of any method, and what texts are worth
+beside their training text. Every score has its error."""
 import functools
+import math
 import os
+import re
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from collections import Counter
+from dataclasses import asdict, fields
 
 import torch
 
 from config import DEVICE, HERE, Sample, check
 from diffusion import Autoregressive, MaskedDiffusion
 from evaluation.likelihood import corpus, open_checkpoint, spaced_rows
-from evaluation.metrics import mean, text_metrics, vocabulary
 from evaluation.report import Table
 from gaussian import TokenDiffusion
 from train import reseed
@@ -36,15 +39,9 @@ def sampler_settings(checkpoint, s):
     return checkpoint.script.SAMPLER(**chosen)
 
 
-def describe_sampler(how, s):
-    """The settings of a sampler that s, an Evaluate, may change, in words."""
-    names = [name for name in vars(how) if name in vars(s) and name not in ("out", "n")]
-    return ", ".join(f"{name}={vars(how)[name]}" for name in names if vars(how)[name] != "")
-
-
 def fill(method, x, known, how):
     """Write x (B, T) where it is not known (B, T) -> the text, network calls that a text
-    needed on average, seconds."""
+    needed on average, characters a second."""
     reseed(how.seed)
     start_time = time.perf_counter()
     n_calls = 0.0
@@ -57,16 +54,14 @@ def fill(method, x, known, how):
             unfinished = (y == method.mask_id).any(1)
         else:
             n_calls += 1 + how.two_pass
-    return y, n_calls, time.perf_counter() - start_time
+    return y, n_calls, y.numel() / (time.perf_counter() - start_time)
 
 
 def sample_texts(checkpoint, n, how):
     """n blocks written from nothing, how being a SAMPLER of the checkpoint's script.
     -> x (n, T), network calls, characters a second"""
-    T = checkpoint.c.block_size
-    x = torch.zeros(n, T, dtype=torch.long, device=DEVICE)
-    x, n_calls, seconds = fill(checkpoint.method, x, torch.zeros_like(x, dtype=torch.bool), how)
-    return x, n_calls, n * T / seconds
+    x = torch.zeros(n, checkpoint.c.block_size, dtype=torch.long, device=DEVICE)
+    return fill(checkpoint.method, x, torch.zeros_like(x, dtype=torch.bool), how)
 
 
 def infilling(checkpoint, val):
@@ -81,16 +76,78 @@ def infilling(checkpoint, val):
             return None
         how = checkpoint.script.SAMPLER(sampler="ddim")
     x = val.long()
-    T = x.size(1)
-    start = max(0, T - SPAN) // 2
-    span = torch.zeros_like(x, dtype=torch.bool)
-    span[:, start:start + SPAN] = True
-    y, _, _ = fill(method, x, ~span, how)
-    n_found = ((y == x) & span).sum(1).tolist()
-    return mean([(n, min(SPAN, T)) for n in n_found])
+    start = max(0, x.size(1) - SPAN) // 2
+    known = torch.ones_like(x, dtype=torch.bool)
+    known[:, start:start + SPAN] = False
+    y, _, _ = fill(method, x, known, how)
+    found = (y == x)[:, start:start + SPAN]
+    return mean([(sum(row), len(row)) for row in found.tolist()])
 
 
-# scoring
+# scores
+
+WORD = re.compile(r"(?:[^\W\d_]|')+")
+NAME = re.compile(r"^[A-Z][A-Za-z ]*:$", re.M)       # a line that names a speaker
+
+
+def mean(parts):
+    """Sum of a / sum of b over parts (a, b), with its standard error by the delta method."""
+    a, b = torch.tensor(parts, dtype=torch.float64).unbind(1)
+    ratio = a.sum() / b.sum()
+    stderr = (a - ratio * b).std() * len(a) ** 0.5 / b.sum()
+    return ratio.item(), stderr.item()
+
+
+def vocabulary(text):
+    """The words of a text, in lower case: a word is a run of letters and apostrophes."""
+    return {word.lower() for word in WORD.findall(text)}
+
+
+def overlap(text, source):
+    """Length of the longest piece of text that is in source, to the letter."""
+    longest = 0
+    for i in range(len(text)):
+        while i + longest < len(text) and text[i:i + longest + 1] in source:
+            longest += 1
+    return longest
+
+
+def text_metrics(texts, source, known_words):
+    """What a list of texts is like, beside the training text `source`. -> dict, pairs are (mean,
+    standard error over texts): words, the share of words that are known, of those strictly inside a
+    text, whose ends are cut; names, lines that name a speaker, in 1,000 characters; entropy of the
+    characters in bits; fourgrams, different 4-grams as a share of all; overlap, the longest piece
+    of each text that stands in source; longest, the longest of all."""
+    counts = Counter("".join(texts))
+    bits = {ch: -math.log2(n / counts.total()) for ch, n in counts.items()}
+    fourgrams = Counter()
+    words = []
+    names = []
+    surprise = []
+    for text in texts:
+        fourgrams.update(text[i:i + 4] for i in range(len(text) - 3))
+        known = [word.lower() in known_words for word in WORD.findall(text)[1:-1]]
+        words.append((sum(known), len(known)))
+        names.append((1000 * len(NAME.findall(text)), len(text)))
+        surprise.append((sum(bits[ch] for ch in text), len(text)))
+    overlaps = [overlap(text, source) for text in texts]
+    return {
+        "words": mean(words),
+        "names": mean(names),
+        "entropy": mean(surprise),
+        "fourgrams": len(fourgrams) / max(1, fourgrams.total()),
+        "overlap": mean([(length, 1) for length in overlaps]),
+        "longest": max(overlaps),
+    }
+
+
+@functools.cache
+def training_text(data):
+    """The training part of a Text as a str, at most 10 million characters of it, for it is searched
+    again and again; and the set of its words."""
+    text = data.tokenizer.decode(data.train[:10 ** 7].tolist())
+    return text, vocabulary(text)
+
 
 def eval_model(s):
     """The evaluation model: an autoregressive checkpoint, whose likelihood is exact."""
@@ -121,13 +178,7 @@ def eval_nll(eval_model, x):
     return mean([(n, x.size(1)) for n in nats.tolist()])
 
 
-@functools.cache
-def training_text(data):
-    """The training part of a Text as a str, at most 10 million characters of it, for it is searched
-    again and again; and the set of its words."""
-    text = data.tokenizer.decode(data.train[:10 ** 7].tolist())
-    return text, vocabulary(text)
-
+# tables
 
 def sample_row(title, x, data, eval_model, infilled=None, n_calls=None, speed=None):
     """A row of SAMPLE_COLUMNS, for the texts x (n, L); eval_model may be None."""
@@ -140,58 +191,30 @@ def sample_row(title, x, data, eval_model, infilled=None, n_calls=None, speed=No
             m["overlap"], m["longest"], infilled, n_calls, speed)
 
 
-# tables
-
-def frontier(checkpoint, s):
-    """Quality against variety: [(title, s)], at four temperatures, or for a Gaussian model with
-    four td, which is its temperature."""
-    if isinstance(checkpoint.method, TokenDiffusion):
-        return [(f"td {td:g}", replace(s, td=td)) for td in (0.0, 0.5, 1.0, 2.0)]
-    return [(f"temperature {t:g}", replace(s, temperature=t)) for t in (0.7, 0.8, 0.9, 1.0)]
-
-
-def sample_tables(checkpoints, s, eval_model):
-    """What the samples of checkpoints are like, a table for each corpus and block size, beside as
-    much held-out text and as much by the evaluation model itself; below it the first of each text.
-    -> tables"""
-    tables = []
-    samplers = dict.fromkeys(sampler_settings(checkpoint, s) for checkpoint in checkpoints)
-    for how in samplers:
-        print(f"\nsampler: {describe_sampler(how, s)}")
-    groups = {}
-    for checkpoint in checkpoints:
-        groups.setdefault(corpus(checkpoint, s), []).append(checkpoint)
-    for data, group in groups.items():
-        title = f"samples, {data.name}, windows of {data.T}; generative NLL by {eval_model.path}"
-        tables.append(Table(title, SAMPLE_COLUMNS))
-        firsts = []
-        for title, x, *more in sampled(group, data, s, eval_model):
-            tables[-1].add(*sample_row(title, x, data, *more))
-            firsts.append((title, data.tokenizer.decode(x[0].tolist()).replace("\n", "/")))
-        title = f"the first of each, {data.name}, / for a new line"
-        tables.append(Table(title, {"text": 0, "sample": 0}, firsts))
-    return tables
-
-
-def sampled(checkpoints, data, s, eval_model):
-    """The texts of a table of samples, as they are written: yields the arguments of sample_row but
-    data."""
+def sample_tables(checkpoints, data, s, eval_model):
+    """What the samples of checkpoints of the same data are like, beside as much held-out text and
+    as much by the evaluation model itself; below it the first of each text. -> tables"""
     blocks = spaced_rows(data.val, s.n).long()
-    n = len(blocks)
-    scorers = [fitting(eval_model, checkpoint) for checkpoint in checkpoints]
-    scorer = scorers[0]
-    yield f"held out, beside {len(data.train):,} characters", blocks, scorer
+    for how in dict.fromkeys(sampler_settings(checkpoint, s) for checkpoint in checkpoints):
+        print(f"\n{how}")
+    table = Table(f"samples, {data.name}, windows of {data.T}; generative NLL by {eval_model.path}",
+                  SAMPLE_COLUMNS)
+    firsts = []
+
+    def add(title, x, data, scorer, *more):
+        table.add(*sample_row(title, x, data, scorer, *more))
+        firsts.append((title, data.tokenizer.decode(x[0].tolist()).replace("\n", "/")))
+
+    scorer = fitting(eval_model, checkpoints[0])
+    add(f"held out, beside {len(data.train):,} characters", blocks, data, scorer)
     if scorer and scorer.c.block_size >= data.T:
-        x = torch.zeros_like(blocks)
         how = Sample(temperature=1.0, seed=s.seed)
-        x, n_calls, seconds = fill(scorer.method, x, torch.zeros_like(x, dtype=torch.bool), how)
-        yield ("the evaluation model's own, temperature 1", x, scorer, None, n_calls,
-               x.numel() / seconds)
-    for checkpoint, scorer in zip(checkpoints, scorers, strict=True):
-        x, n_calls, speed = sample_texts(checkpoint, n, sampler_settings(checkpoint, s))
-        yield checkpoint.path, x, scorer, infilling(checkpoint, blocks), n_calls, speed
-        if s.frontier:
-            for title, changed in frontier(checkpoint, s):
-                how = sampler_settings(checkpoint, changed)
-                x, n_calls, speed = sample_texts(checkpoint, n, how)
-                yield f"{checkpoint.path}, {title}", x, scorer, None, n_calls, speed
+        nothing_known = torch.zeros_like(blocks, dtype=torch.bool)
+        x, *cost = fill(scorer.method, torch.zeros_like(blocks), nothing_known, how)
+        add("the evaluation model's own, temperature 1", x, data, scorer, None, *cost)
+    for checkpoint in checkpoints:
+        x, *cost = sample_texts(checkpoint, len(blocks), sampler_settings(checkpoint, s))
+        add(checkpoint.path, x, corpus(checkpoint, s), fitting(eval_model, checkpoint),
+            infilling(checkpoint, blocks), *cost)
+    title = f"the first of each, {data.name}, / for a new line"
+    return [table, Table(title, {"text": 0, "sample": 0}, firsts)]

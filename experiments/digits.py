@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from checkpoint import find_checkpoint
 from config import check, parse, run
-from evaluation.digits import digit_floor, digit_row, images_of, real_digits, sample_digits
-from evaluation.likelihood import Evaluate, open_checkpoint
+from evaluation.digits import digit_floor, digit_row, real_digits, sample_digits
+from evaluation.likelihood import Evaluate, corpus, open_checkpoint
 from evaluation.report import stamp
 from evaluation.samples import sampler_settings
 
@@ -34,7 +34,7 @@ def main(argv):
     check(s.digits and checkpoint.name == "mnist",
           f"{checkpoint.path} is no checkpoint of mnist_ddpm.py, or digits is 0")
     print(stamp())
-    real = real_digits(images_of(checkpoint, s))
+    real = real_digits(corpus(checkpoint, s))
     table, floor = digit_floor(real, s.digits, s.seed)
     for title in named or TABLES:
         for row in TABLES[title]:

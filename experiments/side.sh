@@ -27,5 +27,8 @@ for corpus in shakespeare warpeace; do
     first=$(printf "out/side/$corpus/%s.1337," ar masked bits embed)
     evaluate --n=0 --exact=0 --out=$all > out/side/$corpus.md
     evaluate --bound=False --n=100 $exact --out=$all >> out/side/$corpus.md
-    evaluate --bound=False --n=100 $exact --frontier --out=$first >> out/side/$corpus.md
+    for change in "--temperature=0.7 --td=0" "--temperature=0.8 --td=0.5" \
+                  "--temperature=0.9 --td=1" "--temperature=1 --td=2"; do
+        evaluate --bound=False --n=100 $exact $change --out=$first >> out/side/$corpus.md
+    done
 done

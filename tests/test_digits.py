@@ -5,8 +5,8 @@ import torch
 import mnist_ddpm
 from evaluation import __main__ as command
 from evaluation import digits
-from evaluation.likelihood import Evaluate, open_checkpoint
-from evaluation.metrics import train_classifier
+from evaluation.digits import train_classifier
+from evaluation.likelihood import Evaluate, corpus, open_checkpoint, read_images
 
 TINY = ["--dataset=digits", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8",
         "--max_iters=10", "--eval_interval=60", "--train_size=100"]
@@ -21,10 +21,10 @@ def few(tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "HERE", tmp_path)
     monkeypatch.setattr(digits, "train_classifier", lambda images, labels, seed:
                         train_classifier(images, labels, seed, epochs=1))
-    digits.read_images.cache_clear()
+    read_images.cache_clear()
     digits.real_digits.cache_clear()
     yield tmp_path
-    digits.read_images.cache_clear()
+    read_images.cache_clear()
     digits.real_digits.cache_clear()
 
 
@@ -42,13 +42,14 @@ def test_the_table_of_digits(few, monkeypatch, capsys):
         command.main([f"--out={few}/best,{few}/levels", "--digits=20", "--gaussian_steps=3",
                       "--guidance=1.5", "--windows=50"])
         told = capsys.readouterr()
-        bounds, images = told.out.split("\n\nsampler: ")
-        bounds, fifths = bounds.split("nats by noise level, digits")
+        bounds, images = told.out.split("\n\nImageSampler(")
+        bounds, fifths = bounds.split("nats by noise level")
+        assert "digits, held out: 50 of 200 windows of 784 pixels" in bounds
         rows = rows_of(bounds)
-        assert len(rows) == 2 and len(rows_of(fifths)) == 2
-        assert rows[0][0] == f"{few}/best, digits, 50 of 200 images"
-        assert all(float(cell) > 0 for row in rows for cell in row[3:])
-        assert "steps=3, sampler=ddim" in images and "guidance=1.5" in images
+        assert [row[0] for row in rows] == [row[0] for row in rows_of(fifths)] == [
+            f"{few}/best", f"{few}/levels"]
+        assert all(float(cell) > 0 for row in rows for cell in row[4:7])
+        assert "steps=3, sampler='ddim'" in images and "guidance=1.5" in images
         rows = rows_of(images)
         assert len(rows) == 5 and [row[1] for row in rows] == ["20"] * 5
         assert rows[0][4] == "1.0"                         # the floor
@@ -57,23 +58,24 @@ def test_the_table_of_digits(few, monkeypatch, capsys):
     assert len(list((few / "out").glob("readers-*"))) == 1
     command.main([f"--out={few}/best", "--digits=0", "--windows=50"])
     told = capsys.readouterr().out
-    assert "bits/dim" in told and "Frechet" not in told
+    assert "bits/pixel" in told and "Frechet" not in told
 
     # others than the checkpoint was trained on
     monkeypatch.setattr(mnist_ddpm, "FONT", ("another",))
-    digits.read_images.cache_clear()
-    with pytest.raises(SystemExit, match="1"):
+    read_images.cache_clear()
+    with pytest.raises(SystemExit, match="no checkpoint to measure"):
         command.main([f"--out={few}/best"])
-    assert "are others than the checkpoint was trained on" in capsys.readouterr().err
+    assert "was trained on another digits" in capsys.readouterr().err
 
 
 def test_the_floor_is_the_mean_of_ten_draws(few, monkeypatch, capsys):
     """Of distances 0 to 9: 4.5, with their deviation, 3.028."""
     mnist_ddpm.main([*TINY, f"--out={few}/best"])
     checkpoint = open_checkpoint(few / "best")
-    real = digits.real_digits(digits.images_of(checkpoint, Evaluate()))
+    data = corpus(checkpoint, Evaluate())
+    real = digits.real_digits(data)
     assert real.test.shape == (200, 28, 28) and len(real.labels) == 1500
-    assert torch.equal(real.train[3].flatten(), digits.images_of(checkpoint, Evaluate()).train[3])
+    assert torch.equal(real.train[3].flatten(), data.train[3])
     distances = iter(map(float, range(10)))
     monkeypatch.setattr(digits, "frechet", lambda a, b: next(distances))
     capsys.readouterr()

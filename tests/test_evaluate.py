@@ -15,10 +15,9 @@ import train
 from config import Bits, CodeSampler, Embed, Masked, Sample
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
-from evaluation.diagnostics import cross_entropy_by_noise
-from evaluation.likelihood import Checkpoint, Evaluate, left_to_right, likelihood, spaced_rows
+from evaluation.likelihood import (Checkpoint, Evaluate, cross_entropy_by_noise, left_to_right,
+                                   likelihood, spaced_rows)
 from evaluation.samples import eval_nll, fill, infilling, sample_row, sample_texts, sampler_settings
-
 
 
 class Fixed(nn.Module):
@@ -132,16 +131,6 @@ def test_an_evaluation_in_training_takes_at_most_a_twentieth_of_its_time():
 
 
 # likelihood
-
-def test_left_to_right_is_the_chain_rule():
-    """A network that knows only how many are masked: -log p is the sum over i of its cross-entropy
-    at T - i masked."""
-    x = torch.tensor([[0, 1, 0, 0], [1, 1, 1, 1]])
-    nats = left_to_right(MaskedDiffusion(Grows(), 2), x)
-    log_p = [torch.tensor([0, 3 * k / 4]).log_softmax(0) for k in (4, 3, 2, 1)]
-    truth = [-sum(p[i].item() for p, i in zip(log_p, row)) / 4 for row in x.tolist()]
-    assert nats.tolist() == pytest.approx(truth, abs=1e-6)
-
 
 def test_left_to_right_of_a_network_that_knows_the_joint_distribution_is_exact():
     """Exact conditionals of a distribution on {0, 1}^3."""

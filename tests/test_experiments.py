@@ -185,7 +185,7 @@ def test_digits(runs, monkeypatch, capsys):
         def add(self, *cells):
             print(cells)
 
-    monkeypatch.setattr(digits, "images_of", lambda checkpoint, s: None)
+    monkeypatch.setattr(digits, "corpus", lambda checkpoint, s: None)
     monkeypatch.setattr(digits, "real_digits", lambda data: None)
     monkeypatch.setattr(digits, "digit_floor", lambda real, n, seed: (Rows(), 1.0))
     monkeypatch.setattr(digits, "sample_digits", sample_digits)

@@ -2,13 +2,15 @@
 Gaussians, points on a line; digits that are replayed, blurred or noise."""
 import math
 import random
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from evaluation.metrics import (RealDigits, blurred, classify, covered, digit_metrics, frechet,
-                                jackknife, mean, nearest, noise_like, overlap, shifted,
-                                text_metrics, train_classifier, vocabulary)
+from evaluation.digits import (RealDigits, blurred, covered, digit_metrics, frechet, jackknife,
+                               nearest, noise_like, shifted, train_classifier)
+from evaluation.samples import mean, overlap, text_metrics, vocabulary
 from mnist_ddpm import draw_digits
 
 SOURCE = ("the cat sat on the mat, and the dog sat on the cat; it was nobody's fault, and the mat "
@@ -130,10 +132,11 @@ def test_digits_replayed_blurred_noise():
     recall."""
     train, label, test, test_label = [torch.from_numpy(a) for a in draw_digits(4000, 600)]
     classifiers = [train_classifier(train, label, seed, epochs=2) for seed in (0, 1)]
-    features, _ = classify(classifiers[0], test)
-    _, read = classify(classifiers[1], test)
-    assert (read == test_label).float().mean() > 0.95
-    real = RealDigits("", train, label, test, features, *classifiers)
+    data = SimpleNamespace(name="digits", train=train, labels=label, val=test,
+                           val_labels=test_label)
+    real = RealDigits(data, *classifiers)
+    shares = re.findall(r"reads ([\d.]+)%|other ([\d.]+)%", real.about)
+    assert len(shares) == 2 and all(float(a or b) > 95 for a, b in shares)
 
     own = digit_metrics(train[:300], label[:300], real, itself=1)
     assert own["right"][0] > 0.95 and own["precision"][0] > 0.8 and own["recall"][0] > 0.8
@@ -142,7 +145,7 @@ def test_digits_replayed_blurred_noise():
     assert replayed["near"][0] == pytest.approx(0, abs=0.01)
     assert replayed["read"] == own["read"] and sum(own["read"]) == 300
     noise = digit_metrics(noise_like(train, 300), None, real)
-    assert math.isnan(noise["right"][0])
+    assert noise["right"] is None
     for bad in (noise, digit_metrics(blurred(train[:300], 2), label[:300], real)):
         assert bad["frechet"][0] > 5 * own["frechet"][0]
         assert min(bad["precision"][0], bad["recall"][0]) < 0.5

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import zlib
+from types import SimpleNamespace
 
 import torch
 from conftest import CHROMIUM
@@ -13,7 +14,8 @@ import mnist_ddpm
 import train
 from config import ImageSampler, Masked, Mnist, Sample
 from data import CharTokenizer
-from evaluation.report import Table, gather, page, replay_digit, replay_text
+from evaluation.likelihood import Checkpoint
+from evaluation.report import Table, gather, page, replay
 
 FLAGS = ("--headless --no-sandbox --disable-gpu --hide-scrollbars --enable-logging=stderr "
          "--virtual-time-budget=3000").split()
@@ -34,25 +36,28 @@ def write_page(folder):
     for objective in ("masked", "ar"):
         c = Masked(**tiny, block_size=70, objective=objective)
         method = train.build(c, {"alphabet": chars}).eval()
-        replay = replay_text(method, CharTokenizer(chars), 70, Sample(steps=12))
-        replays.append({"name": objective, **replay})
+        data = SimpleNamespace(meta={"alphabet": chars}, tokenizer=CharTokenizer(chars), T=70)
+        checkpoint = Checkpoint(f"{folder}/{objective}.pt", objective, c, {}, method, train)
+        replays.append(replay(checkpoint, data, Sample(steps=12)))
     method = mnist_ddpm.build(Mnist(**tiny), {}).eval()
     for p in method.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    replays.append({"name": "mnist", **replay_digit(method, 3, ImageSampler(steps=6))})
+    data = SimpleNamespace(meta={"alphabet": ""})
+    checkpoint = Checkpoint(f"{folder}/mnist.pt", "mnist", None, {}, method, mnist_ddpm)
+    replays.append(replay(checkpoint, data, ImageSampler(steps=6)))
 
     runs = []
     for name in ("masked", "ar", "mnist"):
         rows = [f"{100 * i},{60 * i},{5 / i}" for i in range(1, 6)]
         (folder / f"{name}.csv").write_text("\n".join(["step,seconds,bits", *rows]))
-        runs.append((name, folder / f"{name}.pt"))
+        runs.append(f"{folder}/{name}.pt")
     levels = Table("nats by share masked", {"checkpoint": 0, **{str(i): 3 for i in range(5)}})
     levels.add("masked", 0.5, 1.0, 1.5, 2.0, 2.5)
     bounds = Table("bounds", {"checkpoint": 0, "nats": 3})
     for name in ("masked", "ar"):
         bounds.add(name, (1.75, 0.01))
     path = folder / "report.html"
-    data = gather("now", [bounds, levels], runs, replays)
+    data = gather([bounds, levels], runs, replays)
     path.write_text(page(data), encoding="utf-8")
     return path
 
@@ -66,7 +71,7 @@ def test_the_page_in_a_browser(tmp_path):
              for dom in (early, late, start)]
     assert len(set(panes)) == 3 and all(pane.count("<h3>") == 3 for pane in panes)
     assert "10 / 64" in early and "0 / 64" in start
-    assert "masked: 2 of 12 calls" in early and "mnist: 1 of 6 calls" in early
+    assert "masked.pt: 2 of 12 calls" in early and "mnist.pt: 1 of 6 calls" in early
     assert early.count("<circle") == 15 + 5 and early.count("<tr>") == 2 + 3
     assert '<section id="learning">' in early and "1.750 ± 0.010" in early
     shot = tmp_path / "shot.png"
@@ -119,7 +124,7 @@ def n_colours(path):
 
 def test_text_that_looks_like_markup_stays_text_and_a_broken_page_is_noticed(tmp_path):
     replay = {"name": "<i>a</i>", "calls": 1, "frames": [["··", "  "], ["<b", "90"]]}
-    text = page(gather("</script><b>now", [], [], [replay]))
+    text = page({**gather([], [], [replay]), "stamp": "</script><b>now"})
     (tmp_path / "a.html").write_text(text, encoding="utf-8")
     dom, console = browser(f"file://{tmp_path}/a.html#step=64", "--dump-dom")
     dom, _ = dom.split("<script>")
@@ -134,8 +139,9 @@ def test_text_that_looks_like_markup_stays_text_and_a_broken_page_is_noticed(tmp
 def test_what_is_no_number_leaves_the_page_whole(tmp_path):
     table = Table("nats by share masked", {"checkpoint": 0, **{str(i): 3 for i in range(5)}})
     table.add("<!--<script>", math.nan, 1.0, math.inf, 2.0, 3.0)
-    data = gather("<!--<script>", [table], [], [])
-    data["curves"] = [{"name": "a", "steps": [1, 2], "minutes": [0, 1], "bits": [3, 2]}]
+    data = gather([table], [], [])
+    data["stamp"] = "<!--<script>"
+    data["curves"] = [{"name": "a", "points": [[1, 0, 3], [2, 1, 2]]}]
     text = page(data).replace("curves(false)", "curves(true)")
     (tmp_path / "a.html").write_text(text, encoding="utf-8")
     dom, console = browser(f"file://{tmp_path}/a.html", "--dump-dom")
