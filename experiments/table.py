@@ -18,7 +18,7 @@ from config import HERE, Masked, Settings, check, parse, run
 from data import load_text
 from train import build
 
-# what vocabularies write for a character; names of the tensor, before .weight; its numbers
+# what vocabularies write for a character; the last name of the tensor, before .weight; its dtype
 SPELLINGS = {" ": [" ", "\u2581", "Ġ"], "\n": ["\n", "\\n", "<0x0A>", "Ċ"]}
 NAMES = ["wte", "shared", "embed_tokens", "tok_embeddings", "embed_in", "embedding", "embeddings",
          "word_embedding", "word_embeddings"]
@@ -76,22 +76,20 @@ def safetensors_rows(path, alphabet):
         vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
     if "Ġ" in vocabulary:                        # as GPT-2, where é stands for a byte
         alphabet = filter(str.isascii, alphabet)
-    rows = {}
-    with path.open("rb") as f:
-        start = 8 + int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(min(start, path.stat().st_size) - 8))
-        names = [name for name in header if name.removesuffix(".weight").split(".")[-1] in NAMES]
-        check(len(names) == 1, f"{path}: which is its embedding, {', '.join(names or header)}?")
-        tensor = header[names[0]]
-        n_rows, dim = tensor["shape"]
-        begin, end = tensor["data_offsets"]
-        size = (end - begin) // n_rows
-        for ch, i in pick(vocabulary, alphabet).items():
-            check(i < n_rows, f"{path} has {n_rows} rows, and none for token {i}, {ch!r}")
-            f.seek(start + begin + i * size)
-            row = torch.frombuffer(bytearray(f.read(size)), dtype=DTYPES[tensor["dtype"]])
-            rows[ch] = row.view(dim).tolist()
-    return rows
+
+    # the length of the header, the header, the data
+    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(raw[:8].numpy().tobytes(), "little")
+    header = json.loads(raw[8:start].numpy().tobytes())
+    names = [name for name in header if name.removesuffix(".weight").split(".")[-1] in NAMES]
+    check(len(names) == 1, f"{path}: which is its embedding, {', '.join(names or header)}?")
+    tensor = header[names[0]]
+    dtype = DTYPES[tensor["dtype"]]
+    n_rows, dim = tensor["shape"]
+    begin, end = tensor["data_offsets"]
+    table = raw[start + begin:start + end].view(n_rows, dim * dtype.itemsize)
+    ids = pick(vocabulary, alphabet)
+    return {ch: table[i].clone().view(dtype).tolist() for ch, i in ids.items()}
 
 
 def main(argv):
@@ -103,20 +101,20 @@ def main(argv):
     text, _ = load_text(s.dataset, Path(s.data_dir or HERE / "data"))
     alphabet = "".join(sorted(set(text)))
 
-    # {character: its numbers}; a carriage return would end a line, and \u2581 be read as a space
     read = text_rows
     if path.is_dir() or path.suffix == ".pt":
         read = checkpoint_rows
     elif path.suffix == ".safetensors":
         read = safetensors_rows
+    # a carriage return would end a line, and \u2581 be read as a space
+    writable = [ch for ch in alphabet if ch not in "\r\u2581"]
     try:
-        rows = read(path, [ch for ch in alphabet if ch not in "\r\u2581"])
-        table = torch.tensor([*rows.values()])
+        rows = read(path, writable)
+        has_numbers = torch.tensor([*rows.values()]).numel() > 0       # as many in each row
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise SystemExit(f"{path} is damaged, or no table of embeddings, or its tokenizer.json is: "
                          f"{error!r}") from None
-    check(table.numel(), f"{path} has no embedding of any character of {alphabet[:80]!r}")
-    check(table.isfinite().all(), f"{path} has numbers that are not finite, or too large")
+    check(has_numbers, f"{path} has no embedding of any character of {alphabet[:80]!r}")
 
     lines = []
     for ch, row in rows.items():
