@@ -26,4 +26,11 @@ python train.py --dataset=warpeace --data_dir="$data" --objective=ar --max_iters
     --out=out/warpeace-ar
 python analog_bits.py --dataset=warpeace --data_dir="$data" --block_size=64 --batch_size=64 \
     --max_iters=6000 --eval_interval=1000 --out=out/bits
-python -m experiments.samplers --out=out/bits --eval_model=out/warpeace-ar --data_dir="$data" --n=64
+table() {   # settings, with commas between values
+    python -m experiments.samplers --out=out/bits --eval_model=out/warpeace-ar \
+        --data_dir="$data" --n=64 "$@"
+}
+both="--sampler=ddim,ancestral"
+table $both --gaussian_steps=10,50,250 --td=0,0.5,1,2,5,10
+table $both --gaussian_steps=25 --td=0,1 --two_pass=True
+table --sampler=ancestral --gaussian_steps=2000 --td=1

@@ -1,107 +1,78 @@
-"""What does control cost? A checkpoint of embeddings: diffusion beside hybrids with a baseline, in
-texts of one window and of eight, and steering by its strength. An hour on one CPU core.
+"""What does control cost? Every combination of settings of embed_diffusion.py sample that are typed
+with commas between them, a row each. 64 texts: half a minute to four minutes a row on a CPU core.
 
-    python -m experiments.control --out=out/embed --ar=out/bits-arms/ar --n=64
+    python -m experiments.control --out=out/embed --steps=50,128,400
+    python -m experiments.control --out=out/embed --td=0,0.2,0.4 --steps=50,100
+    python -m experiments.control --out=out/embed --mode=blocks --block=8,16,32,64 --steps=32,50
+    python -m experiments.control --out=out/embed --mode=guided --ar=out/ar --ar_weight=0.25,0.5
+    python -m experiments.control --out=out/embed --mode=blocks --length=1024 --n=16
+    python -m experiments.control --out=out/embed --steer=no:e,line:30 --strength=0,1,2,5
 
-A text has what was asked if each of its characters is allowed. The evaluation model is another
-autoregressive model than the baseline, --ar, which guides.
+A text has what was asked if each of its characters is allowed. The evaluation model is not the
+baseline, --ar, which guides. Rows of the baseline alone: experiments.samplers --out=out/ar.
 """
 import time
 from dataclasses import dataclass
 
 import torch
 
-from config import DEVICE, EmbedSampler, Sample, check, parse, run
-from embed_diffusion import control, steer_mask, write_controlled
-from evaluation.likelihood import Evaluate, corpus, open_checkpoint, spaced_rows
+from config import DEVICE, EmbedSampler, check, run
+from embed_diffusion import control, write_controlled
+from evaluation.likelihood import corpus, open_checkpoint
 from evaluation.report import Table, stamp
 from evaluation.samples import SAMPLE_COLUMNS, eval_model, sample_row
-from generate import lay_out, write
-from train import reseed
+from experiments.samplers import combinations
+from generate import lay_out
+from train import reseed, spaced_rows
 
-LONG = 8     # windows in a long text
-WISHES = ["no:e", "only:abcdefghijklmnopqrstuvwxyz \\n", "at:20=T", "line:30"]
-HYBRIDS = {
-    **{f"diffusion, {steps} steps": dict(steps=steps) for steps in (50, 128, 400)},
-    **{f"diffusion, td {td}, {steps} steps": dict(td=td, steps=steps)
-       for steps in (50, 100) for td in (0.2, 0.4)},
-    **{f"blocks of {block}, {steps} steps each": dict(mode="blocks", block=block, steps=steps)
-       for block, steps in ((8, 8), (16, 16), (32, 32), (64, 64), (32, 50))},
-    **{f"guided, {weight} of the baseline, 50 steps": dict(mode="guided", ar_weight=weight)
-       for weight in (0.25, 0.5, 0.75)},
-}
-LONG_TEXTS = {
-    "diffusion, 50 steps a window": {},
-    **{f"blocks of 32, {steps} steps each": dict(mode="blocks", steps=steps) for steps in (25, 50)},
-}
+COLUMNS = SAMPLE_COLUMNS | {"texts that have it": 3, "allowed characters": 3}
 
 
 @dataclass(frozen=True)
-class ControlSettings(Evaluate):
-    ar: str = ""                   # the baseline's checkpoint
+class ControlSettings(EmbedSampler):   # and what texts are compared with
+    n: int = 64
+    eval_model: str = ""           # an AR checkpoint that scores samples; empty: results/judge.pt
+    dataset: str = ""              # the path of the text of a checkpoint trained on a file
+    data_dir: str = ""             # where corpora are kept; empty: data/
 
 
-def write_texts(checkpoint, tokenizer, how, L):
-    """how.n texts of L characters -> x (n, L), network calls, characters a second."""
-    method = checkpoint.method
-    T = checkpoint.c.block_size
-    reseed(how.seed)
+def write_texts(method, tokenizer, s, L, T):
+    """s.n texts of L characters in windows of T. -> x (n, L), which characters have what was asked
+    (n, L) bool, calls of either network, characters a second"""
     ids, known = lay_out([], L, T, method.mask_id)
-    if checkpoint.name == "ar":
-        frames = write(method, ids, known, T, how)
-        calls_per_frame = 1
-    else:
-        allowed, ar = control(method, tokenizer, how, L, T)
-        frames = write_controlled(method, ids, known, T, how, allowed, ar)
-        calls_per_frame = 1 + (how.mode == "guided")
+    allowed, ar = control(method, tokenizer, s, L, T)
+    frames = write_controlled(method, ids, known, T, s, allowed, ar)
+    reseed(s.seed)
     n_calls = 0
     start_time = time.perf_counter()
     for x, _ in frames:
-        n_calls += calls_per_frame
-    return x, n_calls, x.numel() / (time.perf_counter() - start_time)
+        n_calls += 1 + s.two_pass + (s.mode == "guided")
+    speed = x.numel() / (time.perf_counter() - start_time)
+    if allowed is None:
+        return x, torch.ones_like(x), n_calls, speed
+    return x, allowed[torch.arange(L, device=DEVICE), x], n_calls, speed
 
 
 def main(argv):
-    s = ControlSettings(**parse(argv, ControlSettings))
-    check(s.n and s.out and s.ar, "--out=RUN of embed_diffusion.py, --ar=RUN of train.py "
-                                  "--objective=ar, and n > 0 are needed")
+    rows = combinations(argv, ControlSettings)
+    _, s = rows[0]
+    check(s.out, "pass --out=RUN of embed_diffusion.py")
     checkpoint = open_checkpoint(s.out)
-    baseline = open_checkpoint(s.ar)
-    check(checkpoint.name == "embed" and baseline.name == "ar",
-          f"{s.out} and {s.ar} are no embeddings and no autoregressive baseline")
+    check(checkpoint.name == "embed", f"{s.out} is no checkpoint of embed_diffusion.py")
     data = corpus(checkpoint, s)
     scorer = eval_model(s)
-    T = data.T
+    L = s.length or data.T
+    val = data.val.flatten()
+    blocks = spaced_rows(val[:len(val) // L * L].view(-1, L), s.n).long()
     print(stamp())
-
-    # hybrids, in one window and in long texts; calls are of both networks
-    long_val = data.val[:len(data.val) // LONG * LONG].reshape(-1, LONG * T)
-    n_long = max(2, s.n // 4)
-    for title, val, n, rows in [(f"hybrids, {data.name}, windows of {T}", data.val, s.n, HYBRIDS),
-                                (f"texts of {LONG * T}", long_val, n_long, LONG_TEXTS)]:
-        table = Table(title, SAMPLE_COLUMNS)
-        real = spaced_rows(val, n).long()
-        n, L = real.shape
-        table.add(*sample_row("held out", real, data, scorer))
-        for name, row in rows.items():
-            how = EmbedSampler(n=n, seed=s.seed, ar=s.ar, **row)
-            x, *cost = write_texts(checkpoint, data.tokenizer, how, L)
-            table.add(*sample_row(name, x, data, scorer, None, *cost))
-        how = Sample(n=n, seed=s.seed, temperature=1.0)
-        x, *cost = write_texts(baseline, data.tokenizer, how, L)
-        table.add(*sample_row("the baseline", x, data, scorer, None, *cost))
-
-    more = {"strength": 0, "texts that have it": 3, "allowed characters": 3}
-    table = Table("steering", SAMPLE_COLUMNS | more)
-    for steer in WISHES:
-        allowed = steer_mask(steer, data.tokenizer, T).to(DEVICE)      # (T, V)
-        for strength in (0.0, 1.0, 2.0, 5.0):
-            how = EmbedSampler(n=s.n, seed=s.seed, steer=steer, strength=strength)
-            x, *cost = write_texts(checkpoint, data.tokenizer, how, T)
-            kept = allowed[torch.arange(T, device=DEVICE), x].double()  # (n, T)
-            cells = [(share.mean().item(), share.std().item() / s.n ** 0.5)
-                     for share in (kept.prod(1), kept.mean(1))]
-            table.add(*sample_row(steer, x, data, scorer, None, *cost), strength, *cells)
+    table = Table(f"texts of {L}, {data.name}", COLUMNS)
+    table.add(*sample_row("held out", blocks, data, scorer), None, None)
+    for title, how in rows:
+        x, has_it, n_calls, speed = write_texts(checkpoint.method, data.tokenizer, how, L, data.T)
+        has_it = has_it.double()
+        shares = [(share.mean().item(), share.std().item() / s.n ** 0.5)
+                  for share in (has_it.prod(1), has_it.mean(1))]
+        table.add(*sample_row(title, x, data, scorer, None, n_calls, speed), *shares)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """The scripts behind the tables, tiny: what each measures against known answers, and the commands
 of the shell scripts against the settings there are."""
-import itertools
+import math
 import os
 import shlex
-import struct
 import subprocess
 import xml.etree.ElementTree as ET
-import zlib
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ from checkpoint import load
 from config import Bits, Embed, Masked, Mnist, parse
 from data import CharTokenizer, Text
 from evaluation.likelihood import Evaluate
-from experiments import animate, control, digits, freeze, samplers, strips
+from experiments import animate, control, freeze, samplers, strips
 
 SMALL = dict(n_layer=1, n_head=1, n_embd=16)
 
@@ -74,68 +72,51 @@ def test_the_svg_is_xml_that_ends_with_the_text(tmp_path):
     tags = {e.tag.split("}")[1] for e in root.iter()}
     assert tags == {"svg", "title", "rect", "text", "animate"}
     last = []
-    for e in root.iter():
-        if e.tag.endswith("text"):
-            change = e.find("{*}animate")
-            if change is None or change.get("values").endswith("1"):
-                last.append(e.text)
+    for e in root.findall("{*}text"):
+        change = e.find("{*}animate")
+        if change is None or change.get("values").endswith("1"):
+            last.append(e.text)
     assert "".join(last) == "".join(done.stdout.split())
 
 
 def test_the_svg_of_a_known_history():
-    tokenizer = CharTokenizer("ab")
-    history = [(torch.tensor([0, 2, 2]), torch.tensor([1.0, 0.0, 0.0])),
-               (torch.tensor([0, 2, 1]), torch.tensor([1.0, 0.0, 0.5])),
-               (torch.tensor([0, 1, 1]), torch.tensor([1.0, 0.9, 0.5]))]
-    svg = animate.text_svg(history, torch.tensor([True, False, False]), tokenizer, seconds=3)
+    """In two rows: two characters come out of MASK, of the prompt one cannot be drawn."""
+    tokenizer = CharTokenizer("ab\x1b")
+    history = [(torch.tensor([0, 3, 3, 2]), torch.tensor([1.0, 0.0, 0.0, 1.0])),
+               (torch.tensor([0, 3, 1, 2]), torch.tensor([1.0, 0.0, 0.5, 1.0])),
+               (torch.tensor([0, 1, 1, 2]), torch.tensor([1.0, 0.9, 0.5, 1.0]))]
+    known = torch.tensor([True, False, False, True])
+    svg = animate.text_svg(history, known, tokenizer, seconds=3, columns=2)
+    assert 'viewBox="0 0 51 92" width="51" height="92"' in svg
     assert svg.count("·<animate") == 2 and svg.count(">a<") == 1 and svg.count(">b<animate") == 2
-    assert svg.count('dur="3s"') == 4 and svg.count("#f0f6fc") == 1
-    for j, at, color in [(1, "0.5000", "hsl(117 "), (2, "0.2500", "hsl(65 ")]:
-        x = f'x="{16 + 9.6 * j:.1f}" y="32" fill='
-        dot, char = [line for line in svg.splitlines() if x in line]
+    assert svg.count('dur="3s"') == 4 and svg.count("#f0f6fc") == 1 and "\x1b" not in svg
+    for place, at, color in [('x="25.6" y="32" ', "0.5000", "hsl(117 "),
+                             ('x="16.0" y="54" ', "0.2500", "hsl(65 ")]:
+        dot, char = [line for line in svg.splitlines() if place in line]
         assert f'keyTimes="0.0000;{at}" values="1;0"' in dot and "#484f58" in dot
         assert f'keyTimes="0.0000;{at}" values="0;1"' in char and color in char
 
 
-def test_control_characters_are_not_drawn():
-    tokenizer = CharTokenizer("a\x0c\x1b")
-    history = [(torch.tensor([0, 1, 2]), torch.ones(3))]
-    svg = animate.text_svg(history, torch.tensor([True, False, False]), tokenizer)
-    assert len(list(ET.fromstring(svg))) == 3 and "\x1b" not in svg      # title, rect, a
-
-
-def png_chunks(raw):
-    """[(kind, data), ...] of a PNG, whose checksums are right."""
-    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks = []
-    at = 8
-    while at < len(raw):
-        n, = struct.unpack(">I", raw[at:at + 4])
-        kind = raw[at + 4:at + 8]
-        data = raw[at + 8:at + 8 + n]
-        assert struct.unpack(">I", raw[at + 8 + n:at + 12 + n]) == (zlib.crc32(kind + data),)
-        chunks.append((kind, data))
-        at += 12 + n
-    return chunks
-
-
-def test_strips(runs, tmp_path, monkeypatch):
-    (tmp_path / "results").mkdir()
+def test_strips_are_evenly_spaced_looks(runs, tmp_path, monkeypatch):
+    frames = [torch.full((100, 28, 28), i / 50) + torch.arange(100)[:, None, None] / 100 - 1
+              for i in range(50)]
+    monkeypatch.setattr(strips, "sample_images", lambda *args: ((z, z) for z in frames))
     monkeypatch.setattr(strips, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
     strips.main([runs["mnist"]])
-    sizes = [png_chunks((tmp_path / f"results/{name}.png").read_bytes())[0][1][:8]
-             for name in ("digits", "strip")]
-    assert sizes == [struct.pack(">II", 560, 140), struct.pack(">II", 224, 56)]
+    looks = [frames[i][digit] for digit in (7, 2) for i in range(0, 50, 7)]
+    strip = mnist_ddpm.png(mnist_ddpm.grid(torch.stack(looks), 8))
+    assert (tmp_path / "results/strip.png").read_bytes() == strip
+    digits = mnist_ddpm.png(mnist_ddpm.grid(frames[-1], 20))
+    assert (tmp_path / "results/digits.png").read_bytes() == digits
 
 
-def test_freeze(runs, tmp_path, capsys):
+def test_freeze(runs, tmp_path):
     state = read_state(Path(runs["masked"]), "best.pt")
-    run_folder = tmp_path / "run"
-    run_folder.mkdir()
     state["config"]["data_dir"] = "/home/somebody"
-    torch.save(state, run_folder / "best.pt")
-    (run_folder / "log.csv").write_text("step\n1\n")
-    freeze.main([str(run_folder), str(tmp_path / "small.pt")])
+    torch.save(state, tmp_path / "best.pt")
+    (tmp_path / "log.csv").write_text("step\n1\n")
+    freeze.main([str(tmp_path), str(tmp_path / "small.pt")])
     small = torch.load(tmp_path / "small.pt", weights_only=True)
     assert small["config"]["data_dir"] == "" and (tmp_path / "small.csv").read_text() == "step\n1\n"
     for name, value in state["ema"].items():
@@ -146,34 +127,39 @@ def test_freeze(runs, tmp_path, capsys):
 
 # tables of settings
 
-def test_samplers(runs, capsys):
+def test_every_combination_of_what_has_commas():
+    args = ["--order=random,margin", "--steps=8,16", "--out=a,b", "--two_pass", "--temperature=1"]
+    rows = samplers.combinations(args, Evaluate)
+    assert [title for title, _ in rows] == [
+        "order=random, steps=8", "order=random, steps=16", "order=margin, steps=8",
+        "order=margin, steps=16"]
+    assert [(s.order, s.steps) for _, s in rows] == [
+        ("random", 8), ("random", 16), ("margin", 8), ("margin", 16)]
+    assert all(s.out == "a,b" and s.two_pass and s.temperature == 1 for _, s in rows)
+    assert samplers.combinations([], Evaluate) == [("as typed", Evaluate())]
+    with pytest.raises(SystemExit, match="order"):
+        samplers.combinations(["--order=random,best"], Evaluate)
+
+
+def test_samplers_of_text(runs, capsys):
+    """Each row has its own settings: calls are what was asked for, and the score log V, or what
+    uniform characters have."""
     args = [f"--eval_model={runs['ar']}", runs["dataset"], "--n=2"]
-    samplers.main(["one network call", "head to head", f"--out={runs['masked']}", *args])
+    samplers.main([f"--out={runs['masked']}", "--min_distance=0,4", "--steps=1,128", "--remask=0",
+                   "--order=random", *args])
     rows = table_rows(capsys.readouterr().out)
-    calls = {first: row[-2] for first, row in rows.items() if ": " in first}
-    assert calls == {
-        "one network call: order=random, temperature=1.0, steps=1": "1.0",
-        "head to head: order=random, temperature=1.0, steps=128": "128.0",
-        **{f"head to head: order=random, temperature=1.0, min_distance=4, steps={k}": f"{k}.0"
-           for k in (8, 16, 43)},
-        "head to head: order=margin, temperature=1.0, min_distance=4, steps=43": "43.0",
-        "head to head: order=margin, temperature=1.05, min_distance=4, steps=43": "43.0"}
-    samplers.main(["two passes", f"--out={runs['bits']}", *args])
+    calls = {first: row[-2] for first, row in rows.items() if "steps" in first}
+    assert calls == {f"min_distance={d}, steps={n}": f"{n}.0" for d in (0, 4) for n in (1, 128)}
+    V = len(read_state(Path(runs["ar"]), "best.pt")["alphabet"])
+    assert rows["held out"][2] == f"{math.log(V):.3f} ± 0.000" and rows["held out"][-2] == ""
+    samplers.main([f"--out={runs['bits']}", "--two_pass=False,True", "--gaussian_steps=5", *args])
     rows = table_rows(capsys.readouterr().out)
-    assert [row[-2] for first, row in rows.items() if ": " in first] == ["50.0"] * 4
-    with pytest.raises(SystemExit, match="has the tables 10 steps, 50 steps"):
-        samplers.main(["head to head", f"--out={runs['bits']}", *args])
+    assert [rows[f"two_pass={value}"][-2] for value in (False, True)] == ["5.0", "10.0"]
+    with pytest.raises(SystemExit, match="n=0 or digits=0 has none"):
+        samplers.main([f"--out={runs['bits']}", "--n=0"])
 
 
-def test_each_row_of_settings_is_a_sampler():
-    for row in itertools.chain(*samplers.MASKED.values(), *samplers.CODES.values(),
-                               *digits.TABLES.values()):
-        Evaluate(**row)
-    rows = list(itertools.chain(*control.HYBRIDS.values(), *control.LONG_TEXTS.values()))
-    assert len(control.HYBRIDS) == 15 and len(control.LONG_TEXTS) == 3 and rows
-
-
-def test_digits(runs, monkeypatch, capsys):
+def test_samplers_of_digits(runs, monkeypatch, capsys):
     """The settings of a row reach the sampler; what it makes is measured elsewhere."""
     asked = []
 
@@ -185,57 +171,55 @@ def test_digits(runs, monkeypatch, capsys):
         def add(self, *cells):
             print(cells)
 
-    monkeypatch.setattr(digits, "corpus", lambda checkpoint, s: None)
-    monkeypatch.setattr(digits, "real_digits", lambda data: None)
-    monkeypatch.setattr(digits, "digit_floor", lambda real, n, seed: (Rows(), 1.0))
-    monkeypatch.setattr(digits, "sample_digits", sample_digits)
-    monkeypatch.setattr(digits, "digit_row", lambda title, m, floor, speed: [title])
-    digits.main(["guidance", "asymmetric time", f"--out={runs['mnist']}", "--digits=20"])
-    assert asked[:5] == [(20, g, 50, "ddim", 0.0) for g in (0.0, 1.0, 1.5, 2.0, 4.0)]
-    assert asked[5:] == [(20, 1.0, 50, name, td) for name in ("ddim", "ancestral")
-                         for td in (0.5, 1.0, 2.0)]
-    out = capsys.readouterr().out
-    assert "'asymmetric time: guidance 1, 50 ancestral steps, td 0.5'" in out
+    monkeypatch.setattr(samplers, "corpus", lambda checkpoint, s: None)
+    monkeypatch.setattr(samplers, "real_digits", lambda data: None)
+    monkeypatch.setattr(samplers, "digit_floor", lambda real, n, seed: (Rows(), 1.0))
+    monkeypatch.setattr(samplers, "sample_digits", sample_digits)
+    monkeypatch.setattr(samplers, "digit_row", lambda title, m, floor, speed: [title])
+    samplers.main(["--guidance=0,2", "--sampler=ddim,ancestral", "--td=1", "--digits=20",
+                   f"--out={runs['mnist']}"])
+    assert asked == [(20, g, 50, name, 1.0) for g in (0, 2) for name in ("ddim", "ancestral")]
+    assert "('guidance=2, sampler=ancestral',)" in capsys.readouterr().out
 
 
 def test_control(runs, monkeypatch, capsys):
     """Calls are those of both networks; a text has its wish if each of its characters has."""
-    hybrids = {name: row for name, row in control.HYBRIDS.items()
-               if name in ("diffusion, 50 steps", "guided, 0.5 of the baseline, 50 steps")}
-    monkeypatch.setattr(control, "HYBRIDS", hybrids)
-    monkeypatch.setattr(control, "LONG_TEXTS", {"long": dict(mode="blocks", block=64, steps=2)})
-    monkeypatch.setattr(control, "LONG", 2)
-    monkeypatch.setattr(control, "WISHES", ["no:e"])
     args = [f"--out={runs['embed']}", f"--ar={runs['ar']}", f"--eval_model={runs['ar']}",
             runs["dataset"], "--n=2"]
-    control.main(args)
-    out = capsys.readouterr().out
-    rows = table_rows(out)
-    assert rows["diffusion, 50 steps"][-2] == "50"
-    assert rows["guided, 0.5 of the baseline, 50 steps"][-2] == "100"
-    assert rows["long"][-2] == "8"                       # four blocks of 64
-    assert [line.split(" | ")[-2] for line in out.splitlines()
-            if line.startswith("| the baseline |")] == ["128", "256"]
-    assert rows["no:e"][-3] == "5"                       # the last strength
+
+    def rows_of(*more):
+        control.main([*args, *more])
+        return table_rows(capsys.readouterr().out)
+
+    rows = rows_of("--mode=diffusion,guided", "--steps=2,3")
+    assert {first: row[-4] for first, row in rows.items() if "mode" in first} == {
+        "mode=diffusion, steps=2": "2", "mode=diffusion, steps=3": "3",
+        "mode=guided, steps=2": "4", "mode=guided, steps=3": "6"}
+    rows = rows_of("--mode=blocks", "--block=64", "--two_pass=False,True", "--steps=2",
+                   "--length=200")
+    assert [rows[f"two_pass={value}"][-4] for value in (False, True)] == ["8", "16"]   # four blocks
+    assert rows["held out"][1] == "2" and int(rows["two_pass=True"][-3].replace(",", "")) > 50
 
     tokenizer = CharTokenizer(read_state(Path(runs["embed"]), "best.pt")["alphabet"])
 
-    def write_texts(checkpoint, tokenizer, how, L):
-        x = torch.full((2, L), int(tokenizer.encode("s")[0]))
+    def write_controlled(method, ids, known, T, s, allowed, ar):
+        x = torch.full((2, len(ids)), int(tokenizer.encode("s")[0]))
         x[1, :32] = int(tokenizer.encode("e")[0])
-        return x, 1, 1.0
+        yield x, x.float()
 
-    monkeypatch.setattr(control, "write_texts", write_texts)
-    control.main(args)
-    row = table_rows(capsys.readouterr().out)["no:e"]
-    assert row[-2:] == ["0.500 ± 0.500", "0.875 ± 0.125"] and len(tokenizer)
+    monkeypatch.setattr(control, "write_controlled", write_controlled)
+    rows = rows_of("--steer=no:e,no:q", "--strength=1")
+    assert rows["steer=no:e"][-2:] == ["0.500 ± 0.500", "0.875 ± 0.125"]
+    assert rows["steer=no:q"][-2:] == ["1.000 ± 0.000", "1.000 ± 0.000"]
+    with pytest.raises(SystemExit, match="is no checkpoint of embed_diffusion.py"):
+        control.main([f"--out={runs['bits']}", *args[1:]])
 
 
 # the shell scripts
 
 SETTINGS = {"train.py": Masked, "analog_bits.py": Bits, "embed_diffusion.py": Embed,
-            "evaluation": Evaluate, "experiments.samplers": Evaluate}
-N_RUNS = {"ablation": 32, "bits": 15, "ladder": 32, "repeated": 9, "side": 24}
+            "evaluation": Evaluate}
+N_RUNS = {"ablation": 32, "bits": 15, "ladder": 32, "repeated": 9, "samplers": 0, "side": 24}
 
 
 @pytest.mark.parametrize("name", N_RUNS)
@@ -264,8 +248,12 @@ case $1 in *.py) mkdir -p "$out"; echo finished > "$out/status"; touch "$out/bes
         if script == "experiments.table":
             continue
         recipes = embed_diffusion.EMBED_RECIPES if script == "embed_diffusion.py" else None
+        if script == "experiments.samplers":
+            rows = samplers.combinations(args, Evaluate)
+            assert all(s.data_dir.endswith("my_data") for _, s in rows)
+            continue
         s = SETTINGS[script](**parse(args, SETTINGS[script], recipes))
-        assert s.data_dir == "my_data"
+        assert s.data_dir.endswith("my_data")
         if script.endswith(".py"):
             outs.append(s.out)
     assert len(outs) == len(set(outs)) == N_RUNS[name]
