@@ -72,7 +72,7 @@ def usable(paths, s):
             checkpoint = open_checkpoint(path)
             corpus(checkpoint, s)
             found.append(checkpoint)
-        except SystemExit as error:
+        except (SystemExit, OSError) as error:
             print(f"{path}: {error}", file=sys.stderr)
     check(found, "no checkpoint to measure: train first, or pass --out=FOLDER")
     return found

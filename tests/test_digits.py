@@ -77,7 +77,7 @@ def test_the_floor_is_the_mean_of_ten_draws(few, monkeypatch, capsys):
     assert real.test.shape == (200, 28, 28) and len(real.labels) == 1500
     assert torch.equal(real.train[3].flatten(), data.train[3])
     distances = iter(map(float, range(10)))
-    monkeypatch.setattr(digits, "frechet", lambda a, b: next(distances))
+    monkeypatch.setattr(digits, "frechet", lambda a, b: next(distances, 0.0))
     capsys.readouterr()
     _, floor = digits.digit_floor(real, 100, 0)
     assert floor == 4.5 and "| 4.500 ± 3.028 | 1.0 |" in capsys.readouterr().out
