@@ -178,11 +178,13 @@ def load_text(name, folder):
     raw = path.read_bytes()
     if name == "enwik8":
         return raw.decode("utf-8", "surrogateescape"), source          # cut within a character
-    is_utf16 = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = "utf-8"
+    if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        encoding = "utf-16"
     try:
-        text = raw.decode("utf-16" if is_utf16 else "utf-8")
+        text = raw.decode(encoding)
     except UnicodeDecodeError as error:
-        raise SystemExit(f"{path} is not UTF-8 text, see byte {error.start}") from None
+        raise SystemExit(f"{path} is not {encoding.upper()} text, see byte {error.start}") from None
     check("\0" not in text, f"{path} is not text: it has zero bytes")
     return clean(text), source
 

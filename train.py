@@ -22,8 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import RunFolder, out_option, start_or_resume, try_to_write, write_log
-from config import (AMP, DEVICE, GPU, RANK, WORLD_SIZE, Masked, Sample, check, first_line, print0,
-                    run)
+from config import AMP, DEVICE, RANK, WORLD_SIZE, Masked, Sample, check, first_line, print0, run
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
 from model import Transformer
@@ -214,9 +213,9 @@ def fit(method, data, c, meta, show_sample, state=None):
             continue
         mean_loss = progress.loss_sum.item() / progress.loss_count
         bar.set_postfix_str(f"loss {mean_loss:.3f}")
-        finite = all(p.isfinite().all() for p in method.parameters())
-        check(finite and math.isfinite(mean_loss), f"the loss, {mean_loss:.3g}, or a weight is no "
-              f"number at step {progress.step}: try a lower --learning_rate; what is saved is good")
+        finite = math.isfinite(mean_loss) and all(p.isfinite().all() for p in method.parameters())
+        check(finite, f"the loss, {mean_loss:.3g}, or a weight is no number at step "
+              f"{progress.step}: try a lower --learning_rate; what is saved is good")
 
         # the first process evaluates, saves and shows a sample; the others wait for it
         if RANK > 0 or not (evaluating or stopping):
@@ -238,8 +237,8 @@ def fit(method, data, c, meta, show_sample, state=None):
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if progress.step < c.max_iters:
-        print0(f"stopped at step {progress.step} and saved: --resume {out_option(folder.path)} "
-               "goes on")
+        out = out_option(folder.path)
+        print0(f"stopped at step {progress.step} and saved: --resume {out} goes on")
         return None
     if RANK == 0:
         evaluate_best(ema, data, folder, c.windows)
@@ -287,23 +286,19 @@ def log_evaluation(ema, data, c, folder, progress, mean_loss):
 
 
 def evaluate_best(ema, data, folder, max_windows):
-    """Add to the best weights of a run their bound on the validation split, or on so many windows
-    of it; the run is then finished."""
+    """Print the bound of a run's best weights, on so many windows of the validation split at most;
+    the run is then finished."""
     best = torch.load(folder.path / "best.pt", map_location=DEVICE, weights_only=True)
     ema.load_state_dict(best["ema"])
     val = spaced_rows(data.val, max_windows)
     try:
         e = evaluate(ema, val, ema.eval_levels)
     except KeyboardInterrupt:
-        raise SystemExit(f"the run is saved: --resume {out_option(folder.path)} evaluates it"
-                         ) from None
-    folder.save("best.pt", {"step": best["step"], "ema": best["ema"], "bound": e["bound"],
-                            "stderr": e["stderr"]})
+        out = out_option(folder.path)
+        raise SystemExit(f"the run is saved: --resume {out} evaluates it") from None
     folder.write_status("finished")
-    part = "the whole validation split"
-    if len(val) < len(data.val):
-        part = f"{len(val):,} of {len(data.val):,} windows"
-    print0(f"best weights, of step {best['step']}, over {part}: {describe(e, ema, data.unit)}")
+    print0(f"best weights, of step {best['step']}, over {len(val):,} of {len(data.val):,} windows: "
+           f"{describe(e, ema, data.unit)}")
 
 
 def spaced_rows(x, n):
@@ -340,10 +335,10 @@ class StopSignal:
     def __init__(self):
         self.requested = False
         self.previous = {}
-        if threading.current_thread() is not threading.main_thread():
-            return                                                     # only it has handlers
+        # only the main thread can have handlers; Windows has no SIGHUP
+        is_main = threading.current_thread() is threading.main_thread()
         for number in signal.Signals:
-            stops = number.name in ("SIGINT", "SIGTERM", "SIGHUP")     # Windows has no SIGHUP
+            stops = is_main and number.name in ("SIGINT", "SIGTERM", "SIGHUP")
             if stops and signal.getsignal(number) != signal.SIG_IGN:   # nohup ignores it
                 self.previous[number] = signal.signal(number, self.request)
 
@@ -365,13 +360,12 @@ def join_processes(c, meta):
           f"RANK={RANK} and WORLD_SIZE={WORLD_SIZE} are set, but not by torchrun: unset them")
     check(c.grad_accum % WORLD_SIZE == 0,
           f"grad_accum={c.grad_accum} is not a multiple of the {WORLD_SIZE} processes")
-    # two hours, because the others wait while the first evaluates
-    backend = "nccl" if GPU else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    # nccl or gloo, as the tensors ask; two hours, because the others wait while the first evaluates
+    dist.init_process_group(timeout=timedelta(hours=2))
     data = [None] * WORLD_SIZE
     dist.all_gather_object(data, meta["data"])
     names = ", ".join(d["name"] for d in data)
-    check(len({d["sha256"] for d in data}) == 1, f"the processes read different data: {names}")
+    check(len({d["sha256"] for d in data}) == 1, f"processes read different data: {names}")
 
 
 def all_reduce(method, loss, stop):

@@ -1,6 +1,5 @@
 """Nothing of the user's is lost: whose a folder is, which checkpoint writes, what is saved when the
 disk is full, a file is in the way, a terminal closes or the process is killed."""
-import math
 import os
 import shutil
 import signal
@@ -207,7 +206,7 @@ def test_as_it_is_typed_in_a_fresh_clone(corpus, copy):
     assert end(process)[0] == 0
     done = run("generate.py", "--length=8", "--steps=2", cwd=copy)
     first, second = done.stderr.splitlines()[:2]
-    assert f"--out={copy}/out/masked samples from it" in first
+    assert f"--out={copy}/out/masked writes with it" in first
     assert second.startswith(f"{copy}/results/masked.pt: masked, trained on shakespeare for 2,800")
     run("train.py", "--resume", "--max_iters=1", cwd=copy)
     done = run("generate.py", "--length=8", "--steps=2", cwd=copy)
@@ -305,7 +304,8 @@ def test_a_signal_saves_the_step_that_was_reached(corpus, tmp_path, name):
     assert code == 0 and "Traceback" not in text, text
     step = read_state(out)["step"]
     assert step > 100
-    assert text.splitlines()[-1] == f"stopped at step {step} and saved: --resume --out={out} goes on"
+    last = text.splitlines()[-1]
+    assert last == f"stopped at step {step} and saved: --resume --out={out} goes on"
     assert (out / "status").read_text() != "finished"
 
 
@@ -365,7 +365,7 @@ def test_a_folder_that_is_gone_is_made_again(corpus, tmp_path, monkeypatch, what
         assert torch.equal(a, b)
     assert [row["step"] for row in read_log(out)] == ["8", "16", "24"]
     best = read_state(out, "best.pt")
-    assert (best["step"], best["bound"]) == (8 if what == "status" else 24, 0.5)
+    assert best["step"] == (8 if what == "status" else 24)
     assert (out / "status").read_text() == "finished"
     if what == "renamed":
         assert read_state(tmp_path / "old")["step"] == 8
@@ -457,7 +457,6 @@ def test_killed_in_the_last_evaluation_a_run_can_still_be_ended(corpus, tmp_path
         patch.setattr(train, "evaluate_best", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main([corpus, *SHORT, f"--out={out}"])
-    assert (out / "status").read_text() != "finished" and "bound" not in read_state(out, "best.pt")
+    assert (out / "status").read_text() != "finished"
     train.main(["--resume", f"--out={out}"])
     assert (out / "status").read_text() == "finished"
-    assert math.isfinite(read_state(out, "best.pt")["bound"])
