@@ -232,7 +232,7 @@ class Writing(Settings):   # every script that writes text
 @dataclass(frozen=True)
 class Sample(Writing):   # generate.py: how a masked model or the baseline writes
     steps: int = 0                 # network calls per window, at most; 0: two a blank character
-    order: Literal["random", "confidence", "margin", "entropy"] = "margin"     # which comes first
+    order: Literal["random", "left", "confidence", "margin", "entropy"] = "margin"   # what is first
     counts: Literal["even", "documents", "cosine", "entropy"] = "even"         # entropy: EB sampler
     min_distance: int = 4          # prefer characters farther apart than this in one call; 0: none
     entropy_bound: float = 0.1     # counts=entropy: sum of entropies - the largest, in nats

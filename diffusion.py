@@ -129,8 +129,7 @@ class MaskedDiffusion(nn.Module):
         x = torch.where(known, x, self.mask_id)
         confidence = known.float()
         n_total = (~known & ~locked).sum(1)                            # (B,)
-        if not s.steps:
-            s = replace(s, steps=2 * n_total.max().item())
+        s = replace(s, steps=s.steps or 2 * n_total.max().item())
         for steps_left in range(s.steps, 0, -1):
             revealed, log_probs = self.reveal(x, n_total, steps_left, s, locked)
             tokens, token_prob = sample_tokens(log_probs)
@@ -143,6 +142,27 @@ class MaskedDiffusion(nn.Module):
             yield x, confidence
             if not ((x == self.mask_id) & ~locked).any():
                 return
+
+    @torch.no_grad()
+    def sampler_nll(self, x0, known, s):
+        """Nats (B,) float64: -log of the probability that sample(x0, known, s) writes x0, where all
+        that is not known (B, T) counts. x0 is put through the sampler, and each call pays for what
+        it reveals (DUEL). Exact, for the order depends on predictions alone; with order=random that
+        of one order, whose mean is a bound."""
+        if s.remask:
+            raise SystemExit("a sampler with remask > 0 has no likelihood: pass --remask=0")
+        x = torch.where(known, x0, self.mask_id)
+        n_total = (~known).sum(1)                                      # (B,)
+        s = replace(s, steps=s.steps or 2 * n_total.max().item())
+        nats = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+        for steps_left in range(s.steps, 0, -1):
+            revealed, log_probs = self.reveal(x, n_total, steps_left, s)
+            log_p = log_probs.gather(-1, x0[..., None])[..., 0]        # (B, T), of the true tokens
+            nats -= log_p.masked_fill(~revealed, 0).double().sum(1)
+            x = torch.where(revealed, x0, x)
+            if not (x == self.mask_id).any():
+                return nats
+        return nats
 
     def least_confident(self, x, confidence, fixed, share):
         """ReMDM: which tokens to mask again (B, T), none of them fixed: a share of those revealed,
@@ -260,6 +280,8 @@ def position_scores(probs, order):
     there, (B, T, V). To score the token that was drawn would prefer likely draws, a bias."""
     if order == "random":
         return torch.rand(probs.shape[:2], device=probs.device)
+    if order == "left":
+        return -torch.arange(float(probs.size(1)), device=probs.device).expand(probs.shape[:2])
     if order == "confidence":
         return probs.amax(-1)
     if order == "margin":
@@ -295,7 +317,6 @@ def keep_apart(score, min_distance):
     Tokens revealed in one call are drawn independently, which hurts most between neighbours.
     Positions with score -inf are no candidates and stay -inf."""
     T = score.size(1)
-    torch.rand_like(score)
     ranks = T - 1.0 - rank(-score)                                     # (B, T), 0 is the worst
     candidate = score > -math.inf
     # all local maxima at once: the same choice as one at a time, in fewer rounds

@@ -11,7 +11,8 @@ import diffusion
 from config import Sample
 from diffusion import Autoregressive, MaskedDiffusion
 
-ORDERS = ["random", "confidence", "margin", "entropy"]
+ORDERS = ["random", "left", "confidence", "margin", "entropy"]
+TEXTS = torch.tensor(list(itertools.product(range(3), repeat=4)))      # all of V=3, T=4
 ALL_COUNTS = ["even", "documents", "cosine", "entropy"]
 EXACT = dict(order="random", temperature=1.0, remask=0.0, min_distance=0)
 
@@ -58,7 +59,8 @@ def one_call(logits, masked, n_total, steps_left, s):
         if s.counts == "entropy":
             return -entropy(drawn[i])
         low, high = sorted(own[i])[-2:]
-        return {"confidence": high, "margin": high - low, "entropy": -entropy(own[i])}[s.order]
+        return {"confidence": high, "margin": high - low, "entropy": -entropy(own[i]),
+                "left": -i}[s.order]
 
     # the best; the best farther than min_distance from those before; ...; then the others
     ranked = sorted(masked, key=score, reverse=True)
@@ -133,8 +135,7 @@ def test_what_one_call_reveals(order, counts):
                 masked = [j for j in range(4) if x[j] == 3]
                 ranked, n, drawn = one_call(logits[i], masked, 4, steps_left, s)
                 assert np.abs(log_probs[i].exp().numpy() - drawn).max() < 1e-5
-                if s.temperature or counts != "entropy":   # else all tie
-                    assert set(got[i].nonzero().flatten().tolist()) == set(ranked[:n])
+                assert set(got[i].nonzero().flatten().tolist()) == set(ranked[:n])
 
 
 @pytest.mark.parametrize("how, x", [
@@ -144,6 +145,7 @@ def test_what_one_call_reveals(order, counts):
     (dict(order="margin", steps=3, temperature=0.5, top_k=2), [3, 3, 3, 3]),
     (dict(order="entropy", steps=3, counts="documents", temperature=0.6), [3, 1, 3, 3]),
     (dict(order="margin", steps=2, counts="cosine", min_distance=1), [3, 3, 3, 3]),
+    (dict(order="left", steps=2, min_distance=1), [3, 3, 3, 3]),
     (dict(counts="entropy", steps=3, entropy_bound=0.5, temperature=0.7), [3, 3, 3, 3]),
     (dict(order="confidence", steps=9), [3, 0, 2, 3])], ids=str)
 def test_texts_are_distributed_as_enumerated(how, x):
@@ -155,7 +157,91 @@ def test_texts_are_distributed_as_enumerated(how, x):
         p[sum(token * 3 ** (3 - i) for i, token in enumerate(text))] = q
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
     known = [token < 3 for token in x]
+    if s.order != "random" or s.counts == "entropy":
+        may_be = (TEXTS == torch.tensor(x)) | ~torch.tensor(known)
+        nats = MaskedDiffusion(net, 3).sampler_nll(TEXTS, torch.tensor(known).expand(81, 4), s)
+        assert torch.allclose((-nats).exp()[may_be.all(1)], p[may_be.all(1)].double(), atol=1e-6)
     check_distribution(draw(MaskedDiffusion(net, 3), 20000, s, x, known), 3, p)
+
+
+# -------------------------------------------------------------------------------------------------
+# the likelihood of a sampler
+
+def total(method, known, s):
+    """The sum of the probabilities of all texts that have 2 where known, as known (4,) says."""
+    x = TEXTS[(TEXTS == 2)[:, known].all(1)]
+    return (-method.sampler_nll(x, known.expand(len(x), 4), s)).exp().sum().item()
+
+
+@pytest.mark.parametrize("counts", ALL_COUNTS)
+@pytest.mark.parametrize("order", ORDERS[1:])
+@pytest.mark.parametrize("known", [[], [1], [0, 3]], ids=str)
+def test_the_probabilities_of_all_texts_sum_to_one(known, order, counts):
+    mask = torch.zeros(4, dtype=torch.bool)
+    mask[known] = True
+    for how, distance, steps in itertools.product(DRAWS, (0, 1, 2), (0, 1, 2, 3, 4)):
+        s = Sample(order=order, counts=counts, steps=steps, min_distance=distance, remask=0.0,
+                   **how)
+        assert total(MaskedDiffusion(Table(3, 4), 3), mask, s) == pytest.approx(1, abs=1e-5)
+
+
+def test_of_a_random_order_each_order_sums_to_one_and_their_mean_is_the_bound(monkeypatch):
+    method = MaskedDiffusion(Table(3, 4), 3)
+    nothing_known = torch.zeros(81, 4, dtype=torch.bool)
+    s = Sample(**EXACT, steps=4)
+    nats = []
+    for order in itertools.permutations(range(4)):
+        score = -torch.tensor(order).argsort().float().expand(81, 4)
+        monkeypatch.setattr(diffusion, "position_scores", lambda *_, score=score: score)
+        nats.append(method.sampler_nll(TEXTS, nothing_known, s))
+        assert (-nats[-1]).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    # the bound, for each text: the mean over all ways to mask k of its 4 tokens, k = 1 .. 4
+    bound = torch.zeros(81, dtype=torch.float64)
+    for k in range(1, 5):
+        patterns = list(itertools.combinations(range(4), k))
+        for pattern in patterns:
+            hidden = torch.zeros(4, dtype=torch.bool)
+            hidden[list(pattern)] = True
+            logits = method.net(TEXTS.masked_fill(hidden, 3), torch.full((81,), k / 4))
+            ce = torch.nn.functional.cross_entropy(logits.mT, TEXTS, reduction="none")
+            bound += ce[:, hidden].sum(1).double() / k / len(patterns)
+    assert torch.allclose(torch.stack(nats).mean(0), bound, atol=1e-5)
+
+
+def test_from_left_to_right_it_is_the_chain_rule():
+    net = Table(3, 4)
+    nats = torch.zeros(81, dtype=torch.float64)
+    for i in range(4):
+        x = TEXTS.clone()
+        x[:, i:] = 3
+        log_probs = net(x, torch.full((81,), 1 - i / 4)).log_softmax(-1)
+        nats -= log_probs[torch.arange(81), i, TEXTS[:, i]]
+    s = Sample(**{**EXACT, "order": "left"}, steps=4)
+    found = MaskedDiffusion(net, 3).sampler_nll(TEXTS, TEXTS < 0, s)
+    assert torch.allclose(found, nats, atol=1e-6)
+
+
+def test_to_order_by_the_true_token_is_no_likelihood():
+    """The mistake that suggests itself: a position's score is the probability of its true token."""
+    class Peeks(MaskedDiffusion):
+        def reveal(self, x, n_total, steps_left, s):
+            logits = self.net(x, (x == 3).sum(1) / 4)
+            score = logits.softmax(-1).gather(-1, TEXTS[..., None])[..., 0]
+            return (x == 3) & (score == score.masked_fill(x != 3, -1).amax(1, True)), \
+                logits.log_softmax(-1)
+    nothing_known = torch.zeros(4, dtype=torch.bool)
+    s = Sample(**{**EXACT, "order": "confidence"}, steps=4)
+    assert abs(total(Peeks(Table(3, 4), 3), nothing_known, s) - 1) > 0.1
+    assert abs(total(MaskedDiffusion(Table(3, 4), 3), nothing_known, s) - 1) < 1e-5
+
+
+def test_what_cannot_be_written_costs_infinity_and_remasking_has_no_likelihood():
+    method = MaskedDiffusion(Table(3, 4), 3)
+    s = Sample(**{**EXACT, "order": "left", "temperature": 0.0}, steps=4)
+    nats = method.sampler_nll(TEXTS, TEXTS < 0, s)
+    assert (nats == 0).sum() == 1 and (nats == math.inf).sum() == 80
+    with pytest.raises(SystemExit, match="remask > 0 has no likelihood"):
+        method.sampler_nll(TEXTS, TEXTS < 0, Sample())
 
 
 def test_confidence_is_the_probability_each_token_was_drawn_with():
@@ -215,7 +301,8 @@ def test_infilling_samples_the_conditional():
 
 @pytest.mark.parametrize("min_distance", [1, 3])
 def test_keep_apart_is_greedy(min_distance):
-    """The best; of those farther away the best; ...; the rest by score; -inf last. With ties."""
+    """The best; of those farther away the best; ...; the rest by score; -inf last. Of equals the
+    leftmost."""
     torch.manual_seed(0)
     score = torch.rand(50, 20)
     score[25:] = (3 * score[25:]).round()                              # many ties
@@ -227,11 +314,9 @@ def test_keep_apart_is_greedy(min_distance):
         rest = set(order[:18])
         for i in order[:18]:
             pool = free or rest
-            assert i in pool and row[i] == max(row[j] for j in pool)
+            assert i == max(sorted(pool), key=row.__getitem__)
             rest.remove(i)
             free = {j for j in free if abs(i - j) > min_distance}
-    first = diffusion.keep_apart(torch.full((4000, 9), -4.17), 2).argmax(1).bincount(minlength=9)
-    assert first.min() > 350 and first.max() < 550         # each of nine equals leads as often
 
 
 @pytest.mark.parametrize("counts", ALL_COUNTS)
