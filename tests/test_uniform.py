@@ -16,7 +16,7 @@ TEXTS = torch.tensor(list(itertools.product(range(V), repeat=T)))      # all the
 S = len(TEXTS)
 NOTHING = torch.zeros(T, dtype=torch.bool)                             # is known
 reseed(0)
-P = torch.rand(S, dtype=torch.float64) + 0.1                           # how probable each is
+P = torch.rand(S, dtype=torch.float64) ** 2 + 0.05                     # how probable each is
 P = P / P.sum()
 
 
@@ -79,27 +79,42 @@ def test_the_bound_of_an_oracle_tends_to_minus_log_p():
     assert torch.allclose(2 * fine - coarse, -P.log(), atol=1e-3)
 
 
-def test_a_network_that_says_nothing_has_the_bound_log_V():
-    m = UniformDiffusion(lambda x, t: torch.zeros(*x.shape, V), V, 7)
+def test_a_network_that_says_nothing():
+    """Its bound is log V, its loss what xt itself leaves open, whatever is known."""
+    m = UniformDiffusion(lambda x, t: torch.zeros(*x.shape, V), V, n_levels=7, prompts=1.0)
     assert torch.allclose(bound_of_each_text(m), torch.tensor(T * math.log(V)).double())
+    t = (torch.arange(1000) + 0.5) / 1000
+    right = alpha(t) + (1 - alpha(t)) / V
+    wrong = (1 - alpha(t)) / V
+    expected = torch.special.entr(right) + (V - 1) * torch.special.entr(wrong)
+    loss = m(torch.zeros(4000, 32, dtype=torch.long))
+    assert loss == pytest.approx(expected.mean().item(), rel=0.01)
 
 
 def test_draws_average_to_the_bound():
-    m = UniformDiffusion(oracle, V, 20)
+    m = UniformDiffusion(oracle, V, 3)
     e = evaluate(m, TEXTS[4].expand(500, -1), 8)
     assert T * e["bound"] == pytest.approx(bound_of_each_text(m)[4].item(), abs=4 * T * e["stderr"])
+    _, level = m.bound(TEXTS[:3], torch.tensor([0.3, 0.5, 1.0]), range(3))
+    assert torch.allclose(level, torch.tensor([1, 4, 9]).double() / 9, atol=1e-6)
 
 
 @pytest.mark.parametrize("known", [NOTHING, torch.arange(T) == 1])
-def test_samples_are_distributed_as_enumerated(known):
-    n = 5000
+@pytest.mark.parametrize("net", [oracle, arbitrary])
+def test_samples_are_distributed_as_enumerated(net, known):
+    n = 10_000
     reseed(1)
-    m = UniformDiffusion(oracle, V)
-    *_, (x, _) = m.sample(TEXTS[5].expand(n, -1), known.expand(n, -1), UniformSampler(steps=8))
-    same = (TEXTS[:, known] == TEXTS[5, known]).all(1)
-    p = written(m, 8, known)[same].mean(0)[same]
-    counts = torch.bincount(x @ torch.tensor([9, 3, 1]), minlength=S)
-    assert counts[same].sum() == n
-    chi2 = ((counts[same] - n * p) ** 2 / (n * p)).sum()
+    m = UniformDiffusion(net, V)
+    x = TEXTS[5].expand(n, -1)
+    frames = list(m.sample(x, known.expand(n, -1), UniformSampler(steps=2)))
+    x_1, x_0 = [x for x, _ in frames]
+    t = torch.full((n, T), 0.5, dtype=torch.float64).masked_fill(known, 0)
+    p = posterior(x_1, m.x0_probs(x_1, t), t, torch.zeros_like(t))
+    assert torch.allclose(frames[1][1].double(), p.gather(-1, x_0[..., None]).squeeze(-1))
+    possible = (TEXTS[:, known] == TEXTS[5, known]).all(1)
+    p = written(m, 2, known)[possible].mean(0)[possible]
+    counts = torch.bincount(x_0 @ torch.tensor([9, 3, 1]), minlength=S)[possible]
+    assert counts.sum() == n
+    chi2 = ((counts - n * p) ** 2 / (n * p)).sum()
     df = len(p) - 1
     assert chi2 < df + 5 * math.sqrt(2 * df)
