@@ -131,7 +131,7 @@ def read_checkpoint(path, settings, methods):
         method = state["method"]
         finite = all(p.isfinite().all() for p in state["ema"].values())
     except Exception as error:           # whatever torch.load makes of a file that is not its own
-        if isinstance(error, OSError) or is_out_of_memory(error):
+        if isinstance(error, PermissionError) or is_out_of_memory(error):
             raise
         reason = type(error).__name__
         raise SystemExit(f"{path} is damaged, or no checkpoint of ours ({reason})") from None

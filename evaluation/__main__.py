@@ -63,6 +63,13 @@ def all_checkpoints():
     return [os.path.relpath(path) for path in [*sorted(runs), *sorted(others)]]
 
 
+def typed_paths(out):
+    """The paths in --out, with commas between them. One that has commas is there as it is."""
+    if os.path.exists(out):
+        return [out]
+    return [os.path.expanduser(path) for path in out.split(",") if path]
+
+
 def usable(paths, s):
     """The checkpoints among paths that can be opened and whose data are to be had. What cannot is
     named on stderr, a line each; SystemExit if nothing is left."""
@@ -92,8 +99,7 @@ def main(argv):
     with contextlib.redirect_stdout(sys.stderr):
         if s.quick:
             s = train_quick_runs(s)
-        paths = [path for path in s.out.split(",") if path]
-        checkpoints = usable(paths or all_checkpoints(), s)
+        checkpoints = usable(typed_paths(s.out) or all_checkpoints(), s)
         samplers = [sampler_settings(checkpoint, s) for checkpoint in checkpoints]
         has_text = any(checkpoint.meta["alphabet"] for checkpoint in checkpoints)
         scorer = eval_model(s) if s.n and has_text else None

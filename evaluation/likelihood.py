@@ -12,11 +12,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import train
 from checkpoint import load
-from config import GPU, HERE, Masked, Mnist, Settings, check
+from config import GPU, HERE, Masked, Mnist, Sample, Settings, check
 from data import Text
 from diffusion import MaskedDiffusion
 from evaluation.report import Table
@@ -45,7 +44,7 @@ class Evaluate(Settings):   # python -m evaluation: which checkpoints, how much 
     eval_model: str = ""           # an AR checkpoint that scores samples; empty: results/judge.pt
     # of masked models and the baseline, as in config.Sample
     steps: int = 256
-    order: Literal["random", "confidence", "margin", "entropy"] = "margin"
+    order: Literal["random", "left", "confidence", "margin", "entropy"] = "margin"
     counts: Literal["even", "documents", "cosine", "entropy"] = "even"
     min_distance: int = 4
     entropy_bound: float = 0.1
@@ -168,22 +167,13 @@ def likelihood(method, val, draws=2):
     }
 
 
-@torch.no_grad()
 def left_to_right(method, x0):
-    """The exact likelihood of a masked model that writes from left to right: x0 (B, T) -> nats per
-    token (B,) float64.
-
-    -log p(x0) = - sum_i log p(x_i | x_<i, all others masked) / T, in T network calls: one order of
-    the many that the bound averages over."""
-    B, T = x0.shape
-    position = torch.arange(T, device=x0.device)
-    nats = torch.zeros(B, dtype=torch.float64)
-    for i in tqdm(range(T), desc="left to right", leave=False, disable=None):
-        x = x0.masked_fill(position >= i, method.mask_id)
-        share = torch.full((B,), (T - i) / T, device=x0.device)
-        logits = method.net(x, share)                                  # (B, T, V)
-        nats += F.cross_entropy(logits[:, i], x0[:, i], reduction="none").cpu().double()
-    return nats / T
+    """The exact likelihood of a masked model that writes from left to right, one character a call:
+    x0 (B, T) -> nats per character (B,) float64."""
+    T = x0.size(1)
+    s = Sample(order="left", steps=T, min_distance=0, temperature=1.0, remask=0.0)
+    nothing_known = torch.zeros_like(x0, dtype=torch.bool)
+    return method.sampler_nll(x0, nothing_known, s).cpu() / T
 
 
 def unigram_of(data):

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 import torch
 
 from config import DEVICE, HERE, Sample, check
+from data import printable
 from diffusion import Autoregressive, MaskedDiffusion
 from evaluation.likelihood import corpus, open_checkpoint, spaced_rows
 from evaluation.report import Table
@@ -53,7 +54,7 @@ def fill(method, x, known, how):
             n_calls += unfinished.double().mean().item()
             unfinished = (y == method.mask_id).any(1)
         else:
-            n_calls += 1 + how.two_pass
+            n_calls += 1 + vars(how).get("two_pass", False)
     return y, n_calls, y.numel() / (time.perf_counter() - start_time)
 
 
@@ -160,7 +161,8 @@ def eval_model(s):
 
 def fitting(eval_model, checkpoint):
     """The evaluation model, or None if it was trained on another text or other characters."""
-    if all(eval_model.meta[key] == checkpoint.meta[key] for key in ("alphabet", "data")):
+    same_data = eval_model.meta["data"]["sha256"] == checkpoint.meta["data"]["sha256"]
+    if same_data and eval_model.meta["alphabet"] == checkpoint.meta["alphabet"]:
         return eval_model
     print(f"{eval_model.path} was trained on {eval_model.meta['data']['name']}, or its characters "
           f"are others: it does not score {checkpoint.path}", file=sys.stderr)
@@ -203,7 +205,8 @@ def sample_tables(checkpoints, data, s, eval_model):
 
     def add(title, x, data, scorer, *more):
         table.add(*sample_row(title, x, data, scorer, *more))
-        firsts.append((title, data.tokenizer.decode(x[0].tolist()).replace("\n", "/")))
+        first = data.tokenizer.decode(x[0].tolist()).replace("\n", "/")
+        firsts.append((title, printable(first)))
 
     scorer = fitting(eval_model, checkpoints[0])
     add(f"held out, beside {len(data.train):,} characters", blocks, data, scorer)
