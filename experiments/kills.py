@@ -79,8 +79,9 @@ def main(argv):
     with tempfile.TemporaryDirectory() as folder:
         moments = [random.uniform(0, 12) for _ in range(int(argv[0]))]
         found = kill_and_resume(Path(folder) / "killed", moments)
-        Recorder.last_step = found[-1][0]
-        with mock.patch.object(train, "RunFolder", Recorder), suppress(KeyboardInterrupt):
+        with (mock.patch.object(train, "RunFolder", Recorder),
+              mock.patch.object(Recorder, "last_step", found[-1][0]),
+              suppress(KeyboardInterrupt)):
             train.main([*SIZE, f"--out={folder}/straight"])
     steps = [step for step, _ in found]
     same = sum(Recorder.digests[step] == found_digest for step, found_digest in found)
