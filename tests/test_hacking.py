@@ -25,6 +25,7 @@ def type_in(path, where, line, block):
 def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
     for folder in ("evaluation", "experiments"):
         shutil.copytree(ROOT / folder, copy / folder)
+    shutil.copy(ROOT / "results/judge.pt", copy / "results")
     text = tmp_path / "text.txt"
     text.write_text("".join(f"ROMEO: {i * i} is what I say.\n" for i in range(400)))
     corpus = f"--dataset={text}"
@@ -59,8 +60,8 @@ def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
     spec.loader.exec_module(diffusion)
     assert runs["masked"]["config"]["schedule"] == "cubic"
     assert diffusion.mask_rate("cubic", 0.5) == 0.125
-    scores = diffusion.position_scores(torch.rand(2, 9, 3), "left")
-    assert (scores.diff() < 0).all() and scores.shape == (2, 9)
+    scores = diffusion.position_scores(torch.rand(2, 9, 3), "right")
+    assert (scores.diff() > 0).all() and scores.shape == (2, 9)
 
     # a setting, and a checkpoint that was made before it
     assert runs["masked.1"]["config"]["note"] == "a first try"
@@ -73,5 +74,5 @@ def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
     assert "out/masked.2: masked" in said["python generate.py"]
     assert " nats/char" in said["python -m experiments.uniform"]
     assert "ROMEO:" in said['python -m experiments.uniform sample --prompt="ROMEO:{40}"']
-    measured = said["python -m evaluation --out=out/uniform --n=0"]
+    measured = said["python -m evaluation --out=out/uniform --n=4"]
     assert re.search(r"out/uniform \| uniform \| [\d,]+ \| 2 \| \d", measured)
