@@ -1,0 +1,163 @@
+"""Which order is best, what does revealing k characters a call cost, and what does distance buy
+back? The exact -log-probability of held-out text under every sampler of a masked model, and, of
+texts that it wrote, its own beside the evaluation model's. An hour and a half on two CPU cores;
+what was measured is kept in out/sampler_nll.pt, and the same command goes on.
+
+    python -m experiments.sampler_nll --out=results/masked.pt
+    python -m experiments.sampler_nll --windows=400 --fp32 --n=0 --only="order margin, steps 43"
+
+A sampler has calls network calls a window of T characters, T / calls characters each. "minus the
+bound" is paired by window, as is "minus margin". order=random is an average over orders, so its
+number is a bound, of one random order a window.
+"""
+import contextlib
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+import model
+from checkpoint import find_checkpoint
+from config import AMP, HERE, Sample, Settings, check, parse, run
+from evaluation.likelihood import corpus, likelihood, mean_and_stderr, open_checkpoint
+from evaluation.report import Table, stamp
+from evaluation.samples import eval_model, fill, text_metrics, training_text
+from train import reseed, spaced_rows
+
+CALLS = (8, 16, 32, 43, 64)
+ORDERS = ("left", "random", "confidence", "margin", "entropy")
+EXACT = Sample(temperature=1.0, remask=0.0, min_distance=0, counts="even", order="margin")
+
+
+@dataclass(frozen=True)
+class Samplers(Settings):   # python -m experiments.sampler_nll
+    out: str = ""                  # a masked checkpoint or a run's folder
+    eval_model: str = ""           # an AR checkpoint that scores what is written; empty: judge.pt
+    dataset: str = ""              # the path of the text of a checkpoint trained on a file
+    data_dir: str = ""             # where corpora are kept; empty: data/
+    windows: int = 128             # of held-out text, evenly spaced
+    n: int = 256                   # texts that are written by each of ten samplers; 0: none
+    only: str = ""                 # the rows of held-out text whose title has this
+    fp32: bool = False             # else as it was trained: precision decides some paths
+    seed: int = 1337
+
+
+def vary(**change):
+    """A title and a sampler: EXACT with a change."""
+    title = ", ".join(f"{name} {value}" for name, value in change.items())
+    return title, Sample(**{**vars(EXACT), **change})
+
+
+def held_out_samplers(T):
+    """{title: sampler} of the table of held-out text, in windows of T."""
+    rows = [vary(order=order, steps=T) for order in ORDERS]
+    for order in ORDERS:
+        distances = (0, 4, 8)
+        if order == "left":
+            distances = (0, 4, 8, T // 3)
+        for steps in CALLS:
+            rows += [vary(order=order, steps=steps, min_distance=d) for d in distances]
+    rows += [vary(counts="entropy", steps=T, entropy_bound=bound) for bound in (0.1, 0.5)]
+    rows += [vary(order="margin", steps=43, min_distance=4, temperature=t) for t in (0.8, 0.9, 1.1)]
+    return dict(rows)
+
+
+def written_samplers(T):
+    """{title: sampler} of the ten that write."""
+    rows = [vary(order=order, steps=T) for order in ORDERS]
+    rows += [vary(order="margin", steps=43, min_distance=d) for d in (0, 4)]
+    rows += [vary(order="left", steps=43, min_distance=T // 3)]
+    rows += [vary(order="margin", steps=T, temperature=0.9)]
+    rows += [vary(order="random", steps=16, min_distance=4)]
+    return dict(rows)
+
+
+def nats_per_char(method, x, how):
+    """(W,) float64: of held-out windows x (W, T), by the sampler how."""
+    reseed(how.seed)
+    parts = [method.sampler_nll(batch, torch.zeros_like(batch, dtype=torch.bool), how)
+             for batch in x.split(128)]
+    return torch.cat(parts).cpu() / x.size(1)
+
+
+class Kept:
+    """A dict on the disk: what was measured is not measured again."""
+
+    def __init__(self, path):
+        self.path = path
+        self.values = {}
+        if path.exists():
+            self.values = torch.load(path, weights_only=True)
+
+    def get(self, key, measure, *args):
+        if key not in self.values:
+            self.values[key] = measure(*args)
+            self.path.parent.mkdir(exist_ok=True)
+            torch.save(self.values, self.path)
+        return self.values[key]
+
+
+def held_out_table(method, data, s, kept, key):
+    """Exact nats a character of held-out text under every sampler."""
+    x = spaced_rows(data.val, s.windows).long()
+    bound = kept.get(f"{key}, bound", lambda: likelihood(method, x)["windows"])
+    samplers = {title: how for title, how in held_out_samplers(data.T).items() if s.only in title}
+    nats = {}
+    for title, how in tqdm(samplers.items(), desc="held out", disable=None):
+        nats[title] = kept.get(f"{key}, {title}", nats_per_char, method, x, how)
+    best = nats.get(f"order margin, steps {data.T}")
+    table = Table(f"-log p of {len(x)} held-out windows", {
+        "sampler": 0, "nats/char": 4, "minus the bound": 4, "minus margin at one a call": 4})
+    table.add("the bound", mean_and_stderr(bound), None, None)
+    for title, values in nats.items():
+        to_best = None
+        if best is not None:
+            to_best = mean_and_stderr(values - best)
+        table.add(title, mean_and_stderr(values), mean_and_stderr(values - bound), to_best)
+
+
+def written_row(method, data, scorer, n, how):
+    """What n texts are like that the sampler how wrote. -> numbers and pairs, for a row"""
+    nothing_known = torch.zeros(n, data.T, dtype=torch.bool)
+    x, _, _ = fill(method, torch.zeros(n, data.T, dtype=torch.long), nothing_known, how)
+    own = nats_per_char(method, x, how)
+    scored = torch.cat([scorer.method.bound(batch)[0] for batch in x.split(128)]).double().cpu()
+    m = text_metrics([data.tokenizer.decode(ids) for ids in x.tolist()], *training_text(data))
+    return [mean_and_stderr(scored), mean_and_stderr(own), mean_and_stderr(scored - own),
+            m["entropy"], m["words"]]
+
+
+def written_table(method, data, s, kept, key):
+    """Of written text: generative NLL - own -log p estimates KL(sampler || evaluation model)."""
+    scorer = eval_model(s)
+    table = Table(f"{s.n} texts by each; generative NLL by {scorer.path}", {
+        "sampler": 0, "generative NLL": 3, "own -log p": 3, "their difference": 3,
+        "entropy, bits": 3, "known words": 3})
+    for title, how in tqdm(written_samplers(data.T).items(), desc="written", disable=None):
+        row = kept.get(f"{key}, {s.n} texts, {title}", written_row, method, data, scorer, s.n, how)
+        table.add(title, *map(tuple, row))
+
+
+@torch.no_grad()
+def main(argv):
+    s = Samplers(**parse(argv, Samplers))
+    checkpoint = open_checkpoint(find_checkpoint(s.out, "masked"))
+    check(checkpoint.name == "masked", f"{checkpoint.path} is no masked model")
+    data = corpus(checkpoint, s)
+    kept = Kept(HERE / "out/sampler_nll.pt")
+    dtype = AMP
+    precision = contextlib.nullcontext()
+    if s.fp32:
+        dtype = torch.float32
+        precision = mock.patch.object(model, "autocast", contextlib.nullcontext)
+    key = f"{checkpoint.path}, step {checkpoint.meta['step']}, {dtype}, {s.windows} windows"
+    print(f"{stamp()}\n\n{key}")
+    with precision:
+        held_out_table(checkpoint.method, data, s, kept, key)
+        if s.n:
+            written_table(checkpoint.method, data, s, kept, key)
+
+
+if __name__ == "__main__":
+    run(main)
