@@ -25,7 +25,6 @@ def type_in(path, where, line, block):
 def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
     for folder in ("evaluation", "experiments"):
         shutil.copytree(ROOT / folder, copy / folder)
-    shutil.copy(ROOT / "results/judge.pt", copy / "results")
     text = tmp_path / "text.txt"
     text.write_text("".join(f"ROMEO: {i * i} is what I say.\n" for i in range(400)))
     corpus = f"--dataset={text}"
@@ -74,5 +73,5 @@ def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
     assert "out/masked.2: masked" in said["python generate.py"]
     assert " nats/char" in said["python -m experiments.uniform"]
     assert "ROMEO:" in said['python -m experiments.uniform sample --prompt="ROMEO:{40}"']
-    measured = said["python -m evaluation --out=out/uniform --n=4"]
+    measured = said["python -m evaluation --out=out/uniform --n=0"]
     assert re.search(r"out/uniform \| uniform \| [\d,]+ \| 2 \| \d", measured)
