@@ -4,13 +4,14 @@ those of a run that nobody killed. A quarter of an hour on two CPU cores.
 
     python -m experiments.kills 100
 """
+import contextlib
 import hashlib
+import io
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -81,7 +82,8 @@ def main(argv):
         found = kill_and_resume(Path(folder) / "killed", moments)
         with (mock.patch.object(train, "RunFolder", Recorder),
               mock.patch.object(Recorder, "last_step", found[-1][0]),
-              suppress(KeyboardInterrupt)):
+              contextlib.redirect_stdout(io.StringIO()),
+              contextlib.suppress(KeyboardInterrupt)):
             train.main([*SIZE, f"--out={folder}/straight"])
     steps = [step for step, _ in found]
     same = sum(Recorder.digests[step] == found_digest for step, found_digest in found)
