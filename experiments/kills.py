@@ -2,7 +2,7 @@
 After each kill ckpt.pt must load, and its weights, averages and optimizers must be, to the bit,
 those of a run that nobody killed. A quarter of an hour on two CPU cores.
 
-    python -m experiments.kills 100
+    python -m experiments.kills 100 12          # 100 kills, each after 0 to 12 seconds
 """
 import contextlib
 import hashlib
@@ -75,10 +75,11 @@ def kill_and_resume(out, moments):
 
 
 def main(argv):
-    check(len(argv) == 1 and argv[0].isdecimal(), __doc__)
+    check(len(argv) == 2 and all(arg.isdecimal() for arg in argv), __doc__)
+    n, most = map(int, argv)
     random.seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        moments = [random.uniform(0, 12) for _ in range(int(argv[0]))]
+        moments = [random.uniform(0, most) for _ in range(n)]
         found = kill_and_resume(Path(folder) / "killed", moments)
         with (mock.patch.object(train, "RunFolder", Recorder),
               mock.patch.object(Recorder, "last_step", found[-1][0]),

@@ -19,7 +19,7 @@ from checkpoint import load
 from config import Bits, Embed, Masked, Mnist, parse
 from data import CharTokenizer, Text
 from evaluation.likelihood import Evaluate
-from experiments import animate, control, freeze, samplers, strips
+from experiments import animate, control, freeze, sampler_nll, samplers, strips
 
 SMALL = dict(n_layer=1, n_head=1, n_embd=16)
 
@@ -157,6 +157,39 @@ def test_samplers_of_text(runs, capsys):
     assert [rows[f"two_pass={value}"][-2] for value in (False, True)] == ["5.0", "10.0"]
     with pytest.raises(SystemExit, match="n=0 or digits=0 has none"):
         samplers.main([f"--out={runs['bits']}", "--n=0"])
+
+
+def test_every_sampler_of_a_silent_network_pays_log_V(runs, monkeypatch, capsys, tmp_path):
+    """In held-out and in written text; what was measured is not measured again."""
+    monkeypatch.setattr(sampler_nll, "HERE", tmp_path)
+    args = [f"--out={runs['masked']}", f"--eval_model={runs['ar']}", runs["dataset"],
+            "--windows=4", "--n=2", "--only=steps 8,"]
+    sampler_nll.main(args)
+    out = capsys.readouterr().out
+    V = len(read_state(Path(runs["ar"]), "best.pt")["alphabet"])
+    nats = f"{math.log(V):.4f} ± 0.0000"
+    held_out = {first: row for first, row in table_rows(out).items() if "steps 8," in first}
+    assert len(held_out) == 16                             # five orders, three or four distances
+    for row in held_out.values():
+        assert row[1:3] == [nats, "0.0000 ± 0.0000"]
+    written = table_rows(out.partition("2 texts by each")[2])
+    assert len(written) == 12                              # ten samplers, and the head
+    for row in [*written.values()][2:]:
+        assert row[1:4] == [f"{math.log(V):.3f} ± 0.000"] * 2 + ["0.000 ± 0.000"]
+
+    def measured_again(*_):
+        raise AssertionError
+    for name in ("nats_per_char", "written_row"):
+        monkeypatch.setattr(sampler_nll, name, measured_again)
+    sampler_nll.main(args)
+    assert capsys.readouterr().out == out
+    with pytest.raises(SystemExit, match="is no masked model"):
+        sampler_nll.main([f"--out={runs['ar']}", runs["dataset"]])
+
+
+def test_kills_find_every_checkpoint_as_it_should_be():
+    out = run("-m", "experiments.kills", "2", "0").stdout
+    assert "2 kills, " in out and "2 checkpoints as of a run that was not killed" in out
 
 
 def test_samplers_of_digits(runs, monkeypatch, capsys):
