@@ -67,8 +67,8 @@ class MaskedDiffusion(nn.Module):
         return rate, B * width
 
     def forward(self, x0):
-        """elbo: the bound. pooled: mean CE over all masked tokens of the batch; not a bound, less
-        noisy, and networks trained on it have the lower bound (LOG.md)."""
+        """elbo: the bound. pooled: mean CE over all masked tokens of the batch. It is no bound, but
+        less noisy, and a network that is trained on it reaches a lower bound (docs/LOG.md)."""
         B, T = x0.shape
         rate, weight = self.sample_mask_rates(B, x0.device)
         k = num_masked(rate, T)
@@ -119,11 +119,12 @@ class MaskedDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, x, known, s, locked=None):
-        """Fill the positions of x (B, T) that are not known (B, T), in at most s.steps calls, with
-        steps=0 in two for each of them. Positions that are locked (B, T) stay MASK.
+        """Fill the positions of x (B, T) that are not known (B, T), in at most s.steps calls; 0
+        means two for each unknown position. Positions that are locked (B, T) stay MASK.
         confidence (B, T): the probability of each token when revealed, after temperature and top_k.
 
-        Exact samples of the model: order=random, temperature=1, top_k=0, remask=0, steps=T."""
+        Exact samples of the model: order=random, counts=even, temperature=1, top_k=0, remask=0 and
+        steps=T."""
         if locked is None:
             locked = torch.zeros_like(known)
         x = torch.where(known, x, self.mask_id)
@@ -213,6 +214,8 @@ class Autoregressive(nn.Module):
         confidence = known.float()
         t = torch.ones(B, device=x.device)
         kv_cache = {}
+        if fixed.all():
+            return
         first = (~fixed).any(0).int().argmax().item()
         for i in range(first, T):
             # the first call reads the whole prefix, later calls the last token
@@ -223,7 +226,7 @@ class Autoregressive(nn.Module):
             logits = self.net(inputs, t, kv_cache)[:, -1:]             # (B, 1, V)
             log_probs = token_log_probs(logits, s.temperature, s.top_k)
             tokens, token_prob = sample_tokens(log_probs)              # (B, 1)
-            revealed = ~known & (torch.arange(T, device=x.device) == i)
+            revealed = ~fixed & (torch.arange(T, device=x.device) == i)
             x = torch.where(revealed, tokens, x)
             confidence = torch.where(revealed, token_prob, confidence)
             yield x, confidence
@@ -277,7 +280,7 @@ def sample_tokens(log_probs):
 
 def position_scores(probs, order):
     """How early to reveal each position, (B, T), the higher the earlier, from what is predicted
-    there, (B, T, V). To score the token that was drawn would prefer likely draws, a bias."""
+    there, (B, T, V). Scoring the token that was drawn instead would favour likely draws."""
     if order == "random":
         return torch.rand(probs.shape[:2], device=probs.device)
     if order == "left":
