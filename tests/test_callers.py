@@ -23,6 +23,9 @@ from checkpoint import find_checkpoint, out_option, read_checkpoint
 from config import Embed, Masked, Sample, parse
 from data import CharTokenizer, Text, clean
 from embed_diffusion import read_table
+from evaluation.__main__ import typed_paths
+from evaluation.likelihood import Checkpoint
+from evaluation.samples import fitting
 from generate import parse_prompt, screen_rows, watch
 
 SHORT = [*TINY, "--max_iters=4", "--eval_interval=2"]
@@ -315,3 +318,36 @@ def test_a_text_of_many_windows_has_a_bar(monkeypatch):
         ids = torch.full((L,), 9)
         list(generate.write(Silent(), ids, ids < 9, 8, s))
     assert bars == [(1, True), (19, None), (19, True)]     # None: in a terminal
+
+
+# -------------------------------------------------------------------------------------------------
+# python -m evaluation
+
+def test_a_path_with_a_comma_is_a_path_if_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b").mkdir()
+    assert typed_paths("a,b") == ["a,b"]
+    assert typed_paths("a,c,") == ["a", "c"]
+    assert typed_paths("~/run,~/other") == [f"{tmp_path}/run", f"{tmp_path}/other"]
+    assert typed_paths("") == []
+
+
+def test_the_evaluation_model_scores_the_same_text_under_any_name(capsys):
+    def checkpoint(name, sha256, alphabet):
+        meta = {"alphabet": alphabet, "data": {"name": name, "sha256": sha256}}
+        return Checkpoint(name, "ar", None, meta, None, None)
+    model = checkpoint("shakespeare", "1", "ab")
+    assert fitting(model, checkpoint("file my copy.txt", "1", "ab")) is model
+    assert capsys.readouterr().err == ""
+    for other in (checkpoint("shakespeare", "2", "ab"), checkpoint("shakespeare", "1", "abc")):
+        assert fitting(model, other) is None
+        assert "does not score shakespeare" in capsys.readouterr().err
+
+
+def test_no_control_code_of_a_text_reaches_a_terminal(monkeypatch):
+    text = "a\x1b[2Jb\x9b\r\n\tc\x7f"
+    assert data.printable(text) == text                    # into a file
+    monkeypatch.setattr(data, "TERMINAL", True)
+    assert data.printable(text) == "a\ufffd[2Jb\ufffd\ufffd\n\tc\ufffd"
