@@ -220,8 +220,9 @@ def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):
     print(report, file=sys.stderr)
 
 
-def main(argv):
-    s = Sample(**parse(argv, Sample))
+def prepare(s):
+    """Open the checkpoint and lay out the text that s, a config.Sample, asks for. -> the frames of
+    write, ids and known (L,), tokenizer"""
     method, c, meta, tokenizer = open_model(s.out, "masked", Masked, build, ["masked", "ar"])
     pieces = parse_prompt(s.prompt, tokenizer)
     if meta["method"] == "masked":
@@ -232,7 +233,21 @@ def main(argv):
           " left to right and cannot use the text after a blank: use a masked checkpoint")
 
     reseed(s.seed)
-    frames = write(method, ids, known, c.block_size, s)
+    return write(method, ids, known, c.block_size, s), ids, known, tokenizer
+
+
+def texts(s):
+    """The texts that s, a config.Sample, asks for: s.n str."""
+    frames, ids, _, tokenizer = prepare(s)
+    x = ids.repeat(s.n, 1)
+    for x, _ in frames:
+        pass
+    return [tokenizer.decode(row) for row in x.tolist()]
+
+
+def main(argv):
+    s = Sample(**parse(argv, Sample))
+    frames, ids, known, tokenizer = prepare(s)
     show_texts(frames, ids, known, tokenizer, s)
 
 

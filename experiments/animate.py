@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from config import Masked, Sample, parse, run
-from generate import infer_blank_lengths, lay_out, open_model, parse_prompt, show_texts, write
-from train import build, reseed
+from config import Sample, parse, run
+from generate import prepare, show_texts
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,7 @@ def visible(begin, end, seconds, writing=0.75):
 
 def main(argv):
     s = SvgSample(**parse(argv, SvgSample))
-    method, c, _, tokenizer = open_model(s.out, "masked", Masked, build, ["masked"])
-    T = c.block_size
-    pieces = infer_blank_lengths(method, parse_prompt(s.prompt, tokenizer), T, s.seed)
-    ids, known = lay_out(pieces, s.length, T, method.mask_id)
-
+    frames, ids, known, tokenizer = prepare(s)
     history = [(ids, known.float())]
 
     def record(frames):
@@ -90,8 +85,7 @@ def main(argv):
             history.append((x[0], confidence[0]))
             yield x, confidence
 
-    reseed(s.seed)
-    show_texts(record(write(method, ids, known, T, s)), ids, known, tokenizer, s)
+    show_texts(record(frames), ids, known, tokenizer, s)
     Path(s.svg).write_text(text_svg(history, known, tokenizer), encoding="utf-8")
     print(f"wrote {s.svg}", file=sys.stderr)
 
