@@ -22,7 +22,7 @@ TREE = [*TOP, *sorted(ROOT.glob("evaluation/*.py")), *sorted(ROOT.glob("experime
 SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in TREE}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OF_OLD = {"LOG.md", "names.md"}      # these keep the commands and words of their day
+OF_OLD = {"LOG.md"}      # it keeps the commands and words of its day
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))
         if path.name not in OF_OLD}
 PAGES = "\n".join([README, *DOCS.values()])
