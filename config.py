@@ -363,7 +363,7 @@ def run(main):
         if stream is None:                         # was closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(stream, "reconfigure"):       # a notebook's has none
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
