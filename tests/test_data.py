@@ -175,9 +175,9 @@ def test_text8_holds_out_the_tenth_before_the_last(monkeypatch):
     letters = np.frombuffer(b"abcdefghij", np.uint8)
     text = letters[np.arange(60_000_000) // 6_000_000].tobytes().decode()
     monkeypatch.setattr(data, "load_text", lambda *_: (text, "text8"))
-    d = Text(Masked(block_size=100))
+    d = Text(Masked(block_size=1))
     assert len(d.train) == 54_000_000 and d.val.numel() == 1_000_000
-    assert d.tokenizer.decode(d.val[0, :3].tolist()) == "jjj"
+    assert d.tokenizer.decode(d.val[:3, 0].tolist()) == "jjj"
 
 
 def test_a_file_that_is_called_like_a_corpus_is_a_file(tmp_path, monkeypatch):

@@ -9,3 +9,4 @@ def test_golden():
     command = [sys.executable, "-m", "experiments.golden"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "cases are as recorded" in done.stdout

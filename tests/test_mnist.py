@@ -141,6 +141,38 @@ def test_a_strip_is_looks_at_one_digit_from_noise_on():
     assert torch.equal(strip, torch.cat([frames[i] for i in (0, 6, 13, 19)], 1))
 
 
+def test_drawn_digits_have_the_size_of_handwritten_ones():
+    """16 pixels wide and 21 high on average, around the middle."""
+    images, _, _, _ = mnist_ddpm.draw_digits(2000, 1)
+    ink = torch.from_numpy(images) > 127
+    columns = ink.any(1).float()
+    rows = ink.any(2).float()
+    pixel = torch.arange(28.0)
+    for lines, size in [(columns, 15.8), (rows, 20.8)]:
+        n = lines.sum(1)
+        assert n.mean().item() == pytest.approx(size, abs=0.3)
+        assert ((lines * pixel).sum(1) / n).mean().item() == pytest.approx(13.5, abs=0.2)
+
+
+@pytest.mark.parametrize("args, asked", [
+    (["--n=12"], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]), (["--n=2", "--digit=0"], [0, 0])])
+def test_digits_are_drawn_in_turn_or_all_the_same(args, asked, tmp_path, monkeypatch):
+    labels = []
+
+    def sample_batches(method, batch, s):
+        labels.extend(batch.tolist())
+        return torch.zeros(len(batch), 28, 28)
+
+    meta = {"data": {"name": "digits"}, "step": 1}
+    monkeypatch.setattr(mnist_ddpm, "load", lambda *_: (None, None, meta))
+    monkeypatch.setattr(mnist_ddpm, "sample_batches", sample_batches)
+    mnist_ddpm.main(["sample", f"--out={tmp_path}", *args])
+    assert labels == asked
+    columns = min(len(asked), 10)
+    shape = (-(-len(asked) // 10) * 28, columns * 28)
+    assert read_png((tmp_path / "samples.png").read_bytes()).shape == shape
+
+
 def test_train_sample_resume_and_the_wrong_script(tmp_path, monkeypatch, capsys):
     few = mnist_ddpm.draw_digits(100, 20)
     monkeypatch.setattr(mnist_ddpm, "draw_digits", lambda: few)

@@ -266,6 +266,19 @@ def test_the_posterior_is_fed_and_added():
     assert torch.equal(m.logits(z, gamma), m.net.logits.expand(2, 5, 27))
 
 
+def test_the_posterior_is_added_without_rounding():
+    """Where the likeliest of 256 grey levels is thousands of nats above the least likely."""
+    m = TokenDiffusion(Says(torch.randn(256)), GREY)
+    z = torch.rand(2, 5, 1).double()
+    gamma = torch.full((2, 1), -8.0, dtype=torch.float64)
+    told = log_likelihood(z, gamma, GREY).double()
+    assert (told.amax(-1) - told.amin(-1)).min() > 1000
+    truth = (m.net.logits + told).log_softmax(-1)
+    ours = m.logits(z, gamma).double().log_softmax(-1)
+    near = truth > -10
+    assert torch.allclose(ours[near], truth[near], atol=1e-5)
+
+
 def own_estimate(m, z, gamma, out):
     """xhat of a network of UNIT that said out at z."""
     logits = out.double() + log_likelihood(z, gamma, UNIT.double())
