@@ -308,7 +308,8 @@ def test_the_same_digits_as_of_commit_3118222(fp32, tmp_path):
     scorer = checkpoint_of(ar, Masked(**tiny), "ar")
     blocks = spaced_rows(data.val, 12).long()
     rows = [
-        (masked, [3.3380445, 0.0337802], [4.3768616, 0.0321948], 1.0, [2.25, 0.1305582], 3,
+        # the masked model's since keep_apart draws nothing
+        (masked, [3.3658864, 0.0349018], [4.4022857, 0.0616253], 1.0, [2.4166667, 0.1486471], 3,
          [0.046875, 0.0135998], 9.0),
         (ar, [3.0118232, 0.0347453], [4.5000795, 0.0269490], 0.9960317, [2.4166667, 0.1929960], 4,
          [0.0677083, 0.0143068], 24.0),
