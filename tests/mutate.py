@@ -11,6 +11,7 @@ FILES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("e*/*.py"))]
 TESTS = {"diffusion": "samplers", "gaussian": "tokens", "analog_bits": "bits", "report": "page",
          "embed_diffusion": "embed control tables", "generate": "blanks scripts", "table": "tables",
          "mnist_ddpm": "mnist data", "__main__": "report digits", "readme": "house",
+         "samples": "metrics", "digits": "metrics", "checkpoint": "callers",
          "evaluation": "evaluate evaluation_command", "experiments": "experiments"}
 OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE,
          ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, "min": "max", "max": "min",
@@ -64,8 +65,8 @@ while len(drawn) < end:
     drawn[what] = path, source
 n_noticed = 0
 for what, (path, source) in [*drawn.items()][first:]:
-    names = f"{path.stem} {TESTS.get(path.stem)} {TESTS.get(path.parent.name, 'golden')}".split()
-    tests = [test for name in names for test in ROOT.glob(f"tests/test_{name}.py")]
+    names = f"{path.stem} gaps {TESTS.get(path.stem)} {TESTS.get(path.parent.name, 'golden')}"
+    tests = [test for name in names.split() for test in ROOT.glob(f"tests/test_{name}.py")]
     original = path.read_bytes()
     try:     # unparsed source has no comments, which test_house counts
         path.write_text(source)
