@@ -231,7 +231,7 @@ class Writing(Settings):   # every script that writes text
 
 @dataclass(frozen=True)
 class Sample(Writing):   # generate.py: how a masked model or the baseline writes
-    steps: int = 0                 # network calls per window, at most; 0: two a blank character
+    steps: int = 0                 # network calls per window, at most; 0: two a character
     order: Literal["random", "left", "confidence", "margin", "entropy"] = "margin"   # what is first
     counts: Literal["even", "documents", "cosine", "entropy"] = "even"         # entropy: EB sampler
     min_distance: int = 4          # prefer characters farther apart than this in one call; 0: none
@@ -310,8 +310,8 @@ def boolean(text):
 
 
 def expand(name, path):
-    """A path as it was typed -> with its home folder in place of ~, and if it will be in a
-    checkpoint from the root on, so that --resume finds it from another folder."""
+    """A path as it was typed, with the home folder in place of ~. One that a checkpoint keeps is
+    made absolute, so that --resume finds it from another folder."""
     path = os.path.expanduser(path)
     stays = name in ("data_dir", "table") or name == "dataset" and os.path.isfile(path)
     if path and stays:

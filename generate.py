@@ -206,7 +206,8 @@ def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):
     confidence = known.float().repeat(s.n, 1)
     n_calls = 0
     start_time = time.perf_counter()
-    if s.watch and COLOR:
+    watching = s.watch and COLOR
+    if watching:
         frames = watch(frames, tokenizer)
     for x, confidence in frames:
         n_calls += calls_per_frame
@@ -214,7 +215,7 @@ def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):
     texts = ["".join(text) for text in painted_texts(tokenizer, x, confidence)]
     print("\n\n".join(texts))
     report = f"{n_calls} network calls"
-    if not s.watch:
+    if not watching:
         speed = s.n * int((~known).sum()) / max(seconds, 1e-9)
         report += f", {seconds:.1f} s, {speed:,.0f} characters/s"
     print(report, file=sys.stderr)
@@ -280,6 +281,12 @@ def screen_rows(text, columns):
     return rows
 
 
+def erase(height):
+    """What makes a terminal go up so many rows and forget what follows."""
+    up = f"\x1b[{height}F" if height else ""
+    return f"{up}\x1b[J"
+
+
 def watch(frames, tokenizer):
     """Show frames (x, confidence) in the terminal, each over the last, and pass them on. Of a text
     that is higher than the window, the rows that end with the last one that has changed."""
@@ -295,13 +302,12 @@ def watch(frames, tokenizer):
             changed = [i for i, row in enumerate(rows) if row not in before[i:i + 1]]
             end = max([lines - 1, *[i + 1 for i in changed]])
             part = rows[:end][1 - lines:]
-            up = f"\x1b[{height}F" if height else ""
-            print(f"{up}\x1b[J" + "\n".join(part), flush=True)
+            print(erase(height) + "\n".join(part), flush=True)
             height = len(part)
             before = rows
             time.sleep(0.02)
             yield x, confidence
-        print(f"\x1b[{height}F\x1b[J", end="")                         # the whole text comes here
+        print(erase(height), end="")                                   # the whole text comes here
     finally:
         print("\x1b[?25h", end="", flush=True)                         # show it again
 

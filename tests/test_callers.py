@@ -295,6 +295,11 @@ def test_of_a_long_text_the_part_that_changes_is_watched(monkeypatch, capsys):
     assert end == "\x1b[?25h"
 
 
+def test_where_nothing_is_written_nothing_is_erased(capsys):
+    assert list(watch(iter([]), CharTokenizer("ab"))) == []
+    assert capsys.readouterr().out == "\x1b[?25l\x1b[J\x1b[?25h"
+
+
 # -------------------------------------------------------------------------------------------------
 # idle work
 
