@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, last_line, read_log, run, start
+from conftest import ROOT, TINY, end, last_line, read_log, run, start, wait_for
 
 import checkpoint
 import config
@@ -158,11 +158,12 @@ def test_a_closed_stream_stops_nothing(closed, corpus, tmp_path):
 
 def test_a_line_is_in_the_log_when_it_is_printed(corpus, tmp_path):
     """Also where stdout is a file: a run that is watched from elsewhere."""
-    process = start("train.py", *TINY, corpus, "--max_iters=1000000", f"--out={tmp_path}/run")
-    first = process.stdout.readline()
-    process.kill()
-    process.wait()
-    assert first.startswith("masked, ")
+    process = start("train.py", *TINY, corpus, "--max_iters=1000000", f"--out={tmp_path}/run",
+                    env={"PYTHONUNBUFFERED": ""})
+    wait_for(tmp_path / "run/ckpt.pt", process)
+    process.kill()                                         # what is not written by now is lost
+    _, out = end(process)
+    assert out.startswith("masked, ") and "\nstep 100 | " in out
 
 
 def test_any_stream_will_do(monkeypatch):

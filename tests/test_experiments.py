@@ -19,7 +19,7 @@ from checkpoint import load
 from config import Bits, Embed, Masked, Mnist, parse
 from data import CharTokenizer, Text
 from evaluation.likelihood import Evaluate
-from experiments import animate, control, freeze, sampler_nll, samplers, strips
+from experiments import animate, control, freeze, kills, sampler_nll, samplers, strips
 
 SMALL = dict(n_layer=1, n_head=1, n_embd=16)
 
@@ -188,6 +188,12 @@ def test_every_sampler_of_a_silent_network_pays_log_V(runs, monkeypatch, capsys,
 
 
 def test_kills_find_every_checkpoint_as_it_should_be():
+    """And a digest tells apart all but what a clock has measured."""
+    state = {"step": 20, "ema": {"w": torch.ones(2)}, "adam": [torch.zeros(1), 0.5]}
+    others = [{**state, "step": 40}, {**state, "ema": {"w": torch.tensor([1.0, 1.5])}},
+              {**state, "ema": {"v": torch.ones(2)}}, {**state, "adam": [torch.zeros(1), 0.25]}]
+    assert len({kills.digest(x) for x in [state, *others]}) == 5
+    assert kills.digest({**state, "progress": {"seconds": 1.5}}) == kills.digest(state)
     out = run("-m", "experiments.kills", "2", "0").stdout
     assert "2 kills, " in out and "2 checkpoints as of a run that was not killed" in out
 
