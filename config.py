@@ -5,7 +5,6 @@ Lengths are in characters, rates and probabilities in [0, 1]. How a network is b
 travels in its checkpoint; the settings of a sampler only say how to write with it.
 """
 import argparse
-import contextlib
 import difflib
 import inspect
 import math
@@ -281,8 +280,16 @@ class ImageSampler(Settings):   # mnist_ddpm.py sample
 def print0(line):
     """Print from the first process only, above a progress bar. A closed pipe stops no training."""
     if RANK == 0:
-        with contextlib.suppress(OSError):
+        try:
             tqdm.write(str(line))
+        except OSError:
+            forget_stdout()
+
+
+def forget_stdout():
+    """Let what is printed from now on go nowhere: its reader has left, or its disk is full."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
 
 
 def check(ok, message):
@@ -368,6 +375,9 @@ def run(main):
         main(sys.argv[1:])
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:                        # | head has seen enough
+        forget_stdout()
+        raise SystemExit(1) from None
     except OSError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
     except (RuntimeError, MemoryError) as error:

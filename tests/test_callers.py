@@ -366,3 +366,12 @@ def test_no_control_code_of_a_text_reaches_a_terminal(monkeypatch):
     assert data.printable(text) == text                    # into a file
     monkeypatch.setattr(data, "TERMINAL", True)
     assert data.printable(text) == "a\ufffd[2Jb\ufffd\ufffd\n\tc\ufffd"
+
+
+def test_a_reader_that_has_seen_enough_of_a_text(tmp_path):
+    """generate.py | head -1: no line of Python's own, with and without its buffers."""
+    command = f"'{sys.executable}' generate.py --length=300 --steps=2 --n=40 | head -1"
+    for unbuffered in ("", "1"):
+        done = in_shell(command, PYTHONUNBUFFERED=unbuffered)
+        assert done.returncode == 0 and len(done.stdout) > 0
+        assert "Broken" not in done.stderr and "Traceback" not in done.stderr

@@ -282,7 +282,8 @@ def test_a_reader_that_leaves_stops_no_training(corpus, tmp_path, closed):
     """A pipe whose reader has gone, also behind stderr, and a full disk behind stdout."""
     args = [corpus, *TINY, "--max_iters=150", "--eval_interval=50", f"--out={tmp_path}/run"]
     shell = f"{sys.executable} train.py {' '.join(args)} {closed}"
-    process = start("-c", "import os, sys; os.execvp('bash', ['bash', '-c', sys.argv[1]])", shell)
+    process = start("-c", "import os, sys; os.execvp('bash', ['bash', '-c', sys.argv[1]])", shell,
+                    env={"PYTHONUNBUFFERED": ""})
     _, out = end(process)
     assert "Traceback" not in out and "Error" not in out
     assert read_state(tmp_path / "run")["step"] == 150
