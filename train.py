@@ -15,9 +15,9 @@ import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.random import SeedSequence     # here, for numpy imports it at its first use
 from torch import nn
 from tqdm import tqdm
 
@@ -46,7 +46,7 @@ def reseed(*key):
     """Seed torch with a tuple of integers. Micro-batch i of a step has a seed of its own, so that
     resuming is exact without a saved RNG state, evaluation changes nothing, and it does not
     matter which process takes which micro-batch."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    torch.manual_seed(int(SeedSequence(key).generate_state(1)[0]))
 
 
 def get_lr(step, c):
@@ -120,7 +120,7 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
     place = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W
     u = ((torch.arange(levels) + place[:, None]) / levels).flatten().to(val.device)
     # the noise of a row comes from a seed of its own: it does not depend on batch_size
-    seeds = np.random.SeedSequence((seed, W)).generate_state(W * levels).tolist()
+    seeds = SeedSequence((seed, W)).generate_state(W * levels).tolist()
 
     results = []
     batches = torch.arange(W * levels).split(batch_size)
