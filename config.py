@@ -79,7 +79,7 @@ class Config(Settings):   # every script that trains
     max_iters: int = 20000 if GPU else 2800
     eval_interval: int = 1000 if GPU else 400
     windows: int = 4000            # of the validation text, that the last evaluation takes at most
-    compile: bool = True           # after step 100, in runs of 1,000 steps or more
+    compile: bool = sys.platform != "darwin"   # after step 100, in runs of 1,000 steps or more
     # model
     block_size: int = 256 if GPU else 128
     n_layer: int = 6

@@ -146,7 +146,7 @@ class Text:
 
     def batch(self, n):
         """n random windows of the training text, int64 (n, T)."""
-        start = torch.randint(len(self.train) - self.T + 1, (n, 1)).to(DEVICE)
+        start = torch.randint(len(self.train) - self.T + 1, (n, 1), device=DEVICE)
         return self.train[start + torch.arange(self.T, device=DEVICE)].long()
 
 

@@ -66,13 +66,18 @@ class MaskedDiffusion(nn.Module):
         rate = borders[:-1] + width * torch.rand(B, device=device)
         return rate, B * width
 
+    @torch.compiler.disable              # compiled, it would draw other numbers
+    def draw(self, B, T, device):
+        """What is random in a training step: mask rates and weights (B,), and uniform (B, T)."""
+        rate, weight = self.sample_mask_rates(B, device)
+        return rate, weight, torch.rand(B, T, device=device)
+
     def forward(self, x0):
         """elbo: the bound. pooled: mean CE over all masked tokens of the batch. It is no bound, but
         less noisy, and a network that is trained on it reaches a lower bound (docs/LOG.md)."""
-        B, T = x0.shape
-        rate, weight = self.sample_mask_rates(B, x0.device)
-        k = num_masked(rate, T)
-        ce = self.masked_ce(x0, k, torch.rand(B, T, device=x0.device)).sum(1)
+        rate, weight, rand = self.draw(*x0.shape, x0.device)
+        k = num_masked(rate, x0.size(1))
+        ce = self.masked_ce(x0, k, rand).sum(1)
         if self.loss == "elbo":
             return (weight / k * ce).mean()
         return ce.sum() / k.sum()

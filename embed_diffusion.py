@@ -78,16 +78,21 @@ class EmbeddingDiffusion(TokenDiffusion):
             return super().forward(x0)
         return self.squared_error(x0)
 
+    @torch.compiler.disable
+    def draw_diffusion_lm(self, embedding):
+        t = stratified_times(len(embedding), embedding.device)
+        return t, torch.randn_like(embedding), torch.randn_like(embedding)
+
     def diffusion_lm_loss(self, x0):
         """Li et al. 2022: |target - xhat|^2, where x is drawn around the embedding, and the target
         is x, or at the first of 2,000 steps the embedding; + |alpha_1 x|^2, which keeps embeddings
         small; + cross-entropy of rounding x, not xhat, which keeps embeddings apart."""
-        t = stratified_times(len(x0), x0.device)
+        embedding = self.embed_tokens(x0)
+        t, eps_embedding, eps = self.draw_diffusion_lm(embedding)
         gamma, _ = self.gamma(t)
         alpha_1, _ = alpha_sigma(self.gamma(torch.ones_like(t))[0])
-        embedding = self.embed_tokens(x0)
-        x = embedding + DIFFUSION_LM_SIGMA * torch.randn_like(embedding)
-        xhat = self.predict_x0(q_sample(x, gamma, torch.randn_like(x)), gamma)
+        x = embedding + DIFFUSION_LM_SIGMA * eps_embedding
+        xhat = self.predict_x0(q_sample(x, gamma, eps), gamma)
         is_first_step = (t < 1 / DIFFUSION_LM_STEPS)[..., None]
         target = torch.where(is_first_step, embedding, x)
         squares = (target - xhat).square().mean() + (alpha_1 * x).square().mean()

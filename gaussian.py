@@ -140,9 +140,10 @@ class GaussianDiffusion(nn.Module):
 
     def squared_error(self, x0, cond=None):
         """Mean over t of weight |x - xhat|^2."""
-        gamma, slope = self.gamma(stratified_times(len(x0), x0.device))  # (B, 1)
+        t, eps = draw_noise(*x0.shape, self.table.size(1), x0.device)
+        gamma, slope = self.gamma(t)                                   # (B, 1)
         x = self.embed_tokens(x0)
-        z = q_sample(x, gamma, torch.randn(x.shape, device=x.device))
+        z = q_sample(x, gamma, eps)
         error = (x - self.predict_x0(z, gamma, cond)).square().mean(2)  # (B, T)
         weight = loss_weight(self.loss, self.predict, gamma, slope)
         return (weight * error).mean().float()
@@ -206,7 +207,7 @@ class TokenDiffusion(GaussianDiffusion):
         an untrained network has the bound log V
     feed_posterior: the network is shown the probabilities of the tokens by z alone, V more numbers
     self_cond: the network is shown an earlier xhat of its own, K more numbers, zeros in half of the
-        training batches (Chen et al. 2022)
+        rows of a training batch (Chen et al. 2022)
     prompts: share of the training examples with known, clean positions, which do not count
     stagger: see position_times"""
     early_stopping = True
@@ -258,23 +259,20 @@ class TokenDiffusion(GaussianDiffusion):
         """ce: mean cross-entropy of the tokens that are not clean; no bound, but networks trained
         on it have the lower one (LOG.md). elbo: the integral of the bound, nats per token."""
         B, T = x0.shape
-        known = prompt_mask(B, T, self.prompts, x0.device)             # (B, T)
-        rand = torch.rand(B, T, device=x0.device)
-        t = stratified_times(B, x0.device)
+        K = self.table.size(1)
+        known, rand, t, eps, parity = draw_for_tokens(B, T, K, self.prompts, x0.device)
         t_pos, dt_pos = position_times(t, rand, self.stagger, known)
         gamma, slope = self.gamma(t_pos)
 
         # noise, but not where the text is known
         x = self.embed_tokens(x0)
-        z = q_sample(x, gamma, torch.randn(x.shape, device=x.device))
-        z = torch.where(known[..., None], x, z)
+        z = torch.where(known[..., None], x, q_sample(x, gamma, eps))
         gamma = torch.where(known, self.gamma_min, gamma)              # (B, T)
 
         # predict
         x_prev = None
-        if self.self_cond and torch.rand(()) < 0.5:
-            with torch.no_grad():
-                x_prev, _ = self.predict_tokens(z, gamma, cond)
+        if self.self_cond:
+            x_prev = self.half_of_x_prev(z, gamma, cond, parity)
         logits = self.logits(z, gamma, cond, x_prev)
 
         # loss
@@ -287,6 +285,19 @@ class TokenDiffusion(GaussianDiffusion):
             nats = dt_pos * (-gamma).exp() * slope / 2 * error
         weight = counts / counts.sum().clamp(min=1)                    # (B, T)
         return (weight * nats).sum().float() + self.regularizer(logits)
+
+    @torch.no_grad()
+    def half_of_x_prev(self, z, gamma, cond, parity):
+        """xhat (B, T, K) of a first pass in rows 0, 2, ... if parity () is 0, else in rows 1, 3, ...;
+        0 in the others. The shapes are the same in every batch."""
+        B = len(z)
+        rows = torch.arange(0, B, 2, device=z.device) + parity
+        exists = rows < B                                  # in an odd batch the last may not
+        rows = rows.clamp(max=B - 1)
+        if cond is not None:
+            cond = cond[rows]
+        xhat, _ = self.predict_tokens(z[rows], gamma[rows], cond)
+        return torch.zeros_like(z).index_copy(0, rows, xhat * exists[:, None, None])
 
     def regularizer(self, logits):
         return 0                            # EmbeddingDiffusion adds something
@@ -361,6 +372,22 @@ def prompt_mask(B, T, share, device):
     c = torch.where(row < share / 3, 0, torch.where(row < share * 2 / 3, T, c))
     known = (position < a) | ((position > b) & (position < c))
     return known & (row < share)
+
+
+@torch.compiler.disable          # compiled, it would draw other numbers
+def draw_noise(B, T, K, device):
+    """What is random in a training step of numbers: times (B, 1), noise (B, T, K)."""
+    return stratified_times(B, device), torch.randn(B, T, K, device=device)
+
+
+@torch.compiler.disable
+def draw_for_tokens(B, T, K, prompts, device):
+    """Of tokens: known positions (B, T); uniform numbers (B, T), in whose order the positions take
+    turns; times (B, 1); noise (B, T, K); parity (), 0 or 1."""
+    known = prompt_mask(B, T, prompts, device)
+    rand = torch.rand(B, T, device=device)
+    t, eps = draw_noise(B, T, K, device)
+    return known, rand, t, eps, torch.randint(2, (), device=device)
 
 
 def stratified_times(B, device):

@@ -271,7 +271,7 @@ class Images:
         return f"{self.name}: {len(self.train):,} images to train, {len(self.val):,} to validate"
 
     def batch(self, n):
-        i = torch.randint(len(self.train), (n,)).to(DEVICE)
+        i = torch.randint(len(self.train), (n,), device=DEVICE)
         hidden = torch.rand(n, device=DEVICE) < self.drop_label
         return self.train[i].long(), self.labels[i].long().masked_fill(hidden, -1)
 

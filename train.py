@@ -26,6 +26,7 @@ from config import AMP, DEVICE, RANK, WORLD_SIZE, Masked, Sample, check, first_l
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
 from model import Transformer
+from optimizer import build_optimizers, get_lr
 
 SETTINGS = Masked
 SAMPLER = Sample
@@ -49,32 +50,9 @@ def reseed(*key):
     torch.manual_seed(int(SeedSequence(key).generate_state(1)[0]))
 
 
-def get_lr(step, c):
-    """Linear warm-up, constant, and over the second half a linear decay to zero."""
-    warmup = (step + 1) / (c.warmup_iters + 1)
-    decay = 2 * (1 - step / c.max_iters)
-    return c.learning_rate * min(warmup, decay, 1)
-
-
-def build_optimizers(method, c):
-    """AdamW, or with optimizer=muon Muon for the matrices of the blocks and AdamW for the rest."""
-    matrices = []
-    rest = []
-    for name, p in method.named_parameters():
-        is_matrix = "blocks." in name and "conv" not in name
-        if is_matrix and c.optimizer == "muon":
-            matrices.append(p)
-        else:
-            rest.append(p)
-    opts = [torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=c.weight_decay, fused=True)]
-    if matrices:
-        opts.append(torch.optim.Muon(matrices, weight_decay=c.weight_decay,
-                                     adjust_lr_fn="match_rms_adamw"))
-    return opts
-
-
 def train_step(method, data, c, step, opts, scaler, stop):
-    """One update. -> the mean loss over the micro-batches of all processes, whether to stop"""
+    """One update; the host never waits for the device. -> the mean loss over the micro-batches of
+    all processes, and whether to stop: stop itself, or with several processes a tensor"""
     for opt in opts:
         for group in opt.param_groups:
             group["lr"] = get_lr(step, c)
@@ -89,13 +67,16 @@ def train_step(method, data, c, step, opts, scaler, stop):
     if WORLD_SIZE > 1:
         total, stop = all_reduce(method, total, stop)
 
-    # clip and update; after an fp16 overflow every optimizer skips the step, not only one of them
+    # clip; after an fp16 overflow the norm, and so every gradient, becomes NaN
+    params = list(method.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in params])
+    norm = torch.where(norm.isfinite(), norm, math.nan) / scaler.scale(torch.ones_like(norm))
+    nn.utils.clip_grads_with_norm_(params, c.grad_clip or math.inf, norm)
+
+    # update; both optimizers skip a step whose gradients are NaN
     for opt in opts:
         scaler.unscale_(opt)
-    grad_norm = nn.utils.clip_grad_norm_(method.parameters(), c.grad_clip or math.inf)
-    for opt in opts:
-        if not scaler.is_enabled() or grad_norm.isfinite():
-            scaler.step(opt)
+        scaler.step(opt)
         opt.zero_grad(set_to_none=True)
     scaler.update()
     return total, stop
@@ -194,11 +175,11 @@ def fit(method, data, c, meta, show_sample, state=None):
     bar = tqdm(total=c.max_iters, initial=progress.step, disable=RANK > 0 or None)
     while progress.step < c.max_iters and not stopping:
         if progress.step == compile_at and c.compile and c.max_iters >= 1000:
-            compile_net(method, data, c)
+            compile_method(method, data, c)
             start_time = time.perf_counter() - progress.seconds
 
         # one step
-        loss, stopping = train_step(method, data, c, progress.step, opts, scaler, stop.requested)
+        loss, to_stop = train_step(method, data, c, progress.step, opts, scaler, stop.requested)
         update_ema(ema, method, progress.step, c.ema)
         progress.step += 1
         progress.seconds = time.perf_counter() - start_time
@@ -206,10 +187,14 @@ def fit(method, data, c, meta, show_sample, state=None):
         progress.loss_count += 1
         bar.update()
 
-        # every ten steps: reading the loss and all weights takes time
+        # every ten steps: the host waits for the device to read the loss, all weights, and whether
+        # another process is to stop
         evaluating = progress.step % c.eval_interval == 0
         evaluating = evaluating or progress.step in (FIRST_EVAL, c.max_iters)
-        if progress.step % 10 and not evaluating and not stopping:
+        reading = evaluating or progress.step % 10 == 0
+        if reading or WORLD_SIZE == 1:
+            stopping = bool(to_stop)
+        if not reading and not stopping:
             continue
         mean_loss = progress.loss_sum.item() / progress.loss_count
         bar.set_postfix_str(f"loss {mean_loss:.3f}")
@@ -378,19 +363,19 @@ def all_reduce(method, loss, stop):
     except RuntimeError:
         raise SystemExit("another process has ended, so this one does") from None
     nn.utils.vector_to_parameters(flat[:-2], grads)
-    return flat[-2], flat[-1].item() > 0
+    return flat[-2], flat[-1] > 0
 
 
-def compile_net(method, data, c):
-    """Compile the network in place, or go on without where that fails (no C++ compiler)."""
+def compile_method(method, data, c):
+    """Compile the loss in place, or go on without where that fails (no C++ compiler)."""
     # so that resuming is exact: a compiled gradient of an embedding sums in any order
     torch.use_deterministic_algorithms(DEVICE == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
-        method.net.compile(dynamic=False)
+        method.compile(dynamic=False)
         method(data.batch(c.batch_size)).backward()
     except Exception as error:
-        method.net._compiled_call_impl = None
+        method._compiled_call_impl = None
         print0("going on without torch.compile, which failed here: "
                f"{type(error).__name__}: {first_line(error)}")
     method.zero_grad(set_to_none=True)

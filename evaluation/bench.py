@@ -21,6 +21,7 @@ from torch import nn
 import analog_bits
 import embed_diffusion
 import model
+import optimizer
 import train
 from config import AMP, DEVICE, GPU, Bits, CodeSampler, Config, Embed, EmbedSampler, Masked, Sample
 from config import parse, run
@@ -73,7 +74,7 @@ class Trained:
         self.c = c
         self.dtype = dtype
         self.method = script.build(c, META).to(DEVICE).train()
-        self.opts = train.build_optimizers(self.method, c)
+        self.opts = optimizer.build_optimizers(self.method, c)
         self.scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
         self.seconds = []
 
@@ -86,7 +87,7 @@ class Trained:
             precision = mock.patch.object(model, "autocast", contextlib.nullcontext)
         with precision:
             if i == 0 and self.c.compile:
-                train.compile_net(self.method, self, self.c)
+                train.compile_method(self.method, self, self.c)
             self.seconds.append(timed(train.train_step, self.method, self, self.c, i, self.opts,
                                       self.scaler, False))
 

@@ -31,7 +31,8 @@ CORE = {"config", "diffusion", "gaussian", "model", "data", "checkpoint", "train
 ARROWS = {
     "config": set(), "diffusion": set(), "gaussian": {"diffusion"},
     "model": {"config"}, "data": {"config"}, "checkpoint": {"config"},
-    "train": {"config", "model", "data", "diffusion", "checkpoint"},
+    "optimizer": set(),
+    "train": {"config", "model", "data", "diffusion", "checkpoint", "optimizer"},
     "generate": {"config", "data", "train", "checkpoint"},
     "analog_bits": CORE, "embed_diffusion": CORE, "mnist_ddpm": CORE,
 }
@@ -44,7 +45,7 @@ SCRIPTS = {
 REPEATED = {"build", "main", "sample", "SETTINGS", "SAMPLER"}     # every script has its own
 SET_FROM_OUTSIDE = {      # rows and counts that data fill, and what torch offers no function for
     "embed_diffusion.py: method.table", "embed_diffusion.py: method.bigrams",
-    "train.py: method.net._compiled_call_impl",
+    "train.py: method._compiled_call_impl",
     "train.py: torch.utils.deterministic.fill_uninitialized_memory",
     "experiments/golden.py: config.AMP", "evaluation/bench.py: config.AMP",
 }
@@ -101,7 +102,7 @@ def evening():
 
 
 def test_the_top_level_is_an_evening():
-    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3245
+    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3345
     assert evening() <= 770
 
 

@@ -395,7 +395,7 @@ def test_compiled_gradients_are_the_same_every_time(corpus):
         torch.nn.init.normal_(p, std=0.1)
     torch.set_num_threads(2)
     try:
-        train.compile_net(method, data, c)
+        train.compile_method(method, data, c)
         gradients = []
         for _ in range(6):
             method.zero_grad()

@@ -1,0 +1,259 @@
+"""The training step: Muon in batches, no waiting for the device, a compiled loss, and
+self-conditioning in every second row."""
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import analog_bits
+import embed_diffusion
+import mnist_ddpm
+import train
+from config import EMBED_RECIPES, Bits, Embed, Masked, Mnist
+from gaussian import TokenDiffusion
+from optimizer import Muon
+
+V = 20
+TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4, warmup_iters=0)
+METHODS = {
+    "masked": (train, Masked(**TINY)),
+    "elbo": (train, Masked(**TINY, loss="elbo", schedule="cosine", time=True)),
+    "ar": (train, Masked(**TINY, objective="ar")),
+    "bits": (analog_bits, Bits(**TINY)),
+    "embed": (embed_diffusion, Embed(**TINY)),
+    "diffusion-lm": (embed_diffusion, Embed(**TINY | EMBED_RECIPES["diffusion-lm"])),
+    "pixels": (mnist_ddpm, Mnist(**TINY, patch=14)),
+    "levels": (mnist_ddpm, Mnist(**TINY, patch=14, predict="levels", loss="ce")),
+}
+
+
+class RandomBatches:
+    """Text or images that are drawn."""
+
+    def __init__(self, script, T):
+        self.is_images = script is mnist_ddpm
+        self.T = T
+
+    def batch(self, n):
+        if self.is_images:
+            return torch.randint(256, (n, 784)), torch.randint(-1, 10, (n,))
+        return torch.randint(V, (n, self.T))
+
+
+def build(name):
+    """-> method, whose outputs are not zero, settings, data, optimizers"""
+    script, c = METHODS[name]
+    train.reseed(3)
+    method = script.build(c, {"alphabet": "".join(map(chr, range(97, 97 + V)))}).train()
+    for p in method.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    return method, c, RandomBatches(script, c.block_size), train.build_optimizers(method, c)
+
+
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+# -------------------------------------------------------------------------------------------------
+# Muon
+
+SHAPES = [(96, 32), (32, 32), (128, 32), (32, 128)] * 3      # qkv, proj, fc, proj of three layers
+
+
+def random_matrices():
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+
+
+def test_muon_is_torchs_to_the_bit_for_tall_and_wide_matrices():
+    ours = random_matrices()
+    theirs = random_matrices()
+    opts = [Muon(ours, weight_decay=0.1),
+            torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    for i in range(10):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for opt in opts:
+            opt.param_groups[0]["lr"] = 0.01 / (1 + i)
+            opt.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(opts[0].state[a]["momentum_buffer"], opts[1].state[b]["momentum_buffer"])
+
+
+def test_muon_goes_on_with_the_momentum_that_torchs_saved():
+    """A run that torch.optim.Muon trained is resumed."""
+    ours = random_matrices()
+    theirs = random_matrices()
+    before = torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", lr=0.01)
+    after = Muon(ours, weight_decay=0.1)
+
+    def step(opt, params):
+        for i, p in enumerate(params):
+            p.grad = (i * p.detach()).cos()
+        opt.step()
+
+    step(before, theirs)
+    with torch.no_grad():
+        for a, b in zip(ours, theirs, strict=True):
+            a.copy_(b)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    step(before, theirs)
+    step(after, ours)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_step_that_overflows_leaves_all_state_to_the_bit(bad):
+    """One bad number, in a matrix of Muon's or in a parameter of AdamW's: weights, momenta and
+    AdamW's count of steps stay."""
+    method, c, data, opts = build("masked")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10)
+    for step in range(3):
+        train.train_step(method, data, c, step, opts, scaler, False)
+
+    def everything():
+        state = [x for opt in opts for s in opt.state.values() for x in s.values()]
+        return [x.clone() for x in [*method.parameters(), *state]]
+
+    before = everything()
+    for p in (method.net.head.weight, method.net.blocks[0].mlp.fc.weight):
+        scale = scaler.get_scale()
+        first = torch.zeros_like(p)
+        first[0, 0] = bad
+        hook = p.register_hook(lambda grad, first=first: grad + first)
+        train.train_step(method, data, c, 3, opts, scaler, False)
+        hook.remove()
+        assert scaler.get_scale() == scale / 2
+        for a, b in zip(before, everything(), strict=True):
+            assert torch.equal(a, b)
+    train.train_step(method, data, c, 4, opts, scaler, False)
+    for a, b in zip(before, everything(), strict=True):
+        assert not torch.equal(a, b)
+
+
+# -------------------------------------------------------------------------------------------------
+# the host
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_host_reads_nothing_in_a_step(monkeypatch, name):
+    """Each of these waits until the device has done all that came before."""
+    method, c, data, opts = build(name)
+    train.train_step(method, data, c, 0, opts, NO_SCALER, False)         # AdamW makes its state
+    ema = build(name)[0].requires_grad_(False)
+    reads = []
+    for read in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__",
+                 "nonzero"):
+        honest = getattr(torch.Tensor, read)
+
+        def watched(x, *args, read=read, honest=honest):
+            reads.append(read)
+            return honest(x, *args)
+
+        monkeypatch.setattr(torch.Tensor, read, watched)
+    train.train_step(method, data, c, 1, opts, NO_SCALER, False)
+    train.update_ema(ema, method, 1, c.ema)
+    assert not reads
+    bool(torch.ones(()))
+    assert reads == ["__bool__"]
+
+
+# -------------------------------------------------------------------------------------------------
+# the compiler
+
+@pytest.mark.parametrize("name", ["masked", "embed", "pixels"])
+def test_compiled_is_eager_and_compiled_once(monkeypatch, name):
+    """The same losses and gradients, in fp32, of six steps with other mask counts and rates."""
+    monkeypatch.setattr("model.autocast", contextlib.nullcontext)
+    method, c, data, opts = build(name)
+
+    def losses():
+        train.reseed(1)
+        out = []
+        for step in range(6):
+            loss, _ = train.train_step(method, data, c, step, opts, NO_SCALER, False)
+            out.append(loss.item())
+        return out
+
+    eager = losses()
+    method, c, data, opts = build(name)
+    torch._dynamo.reset()
+    counters.clear()
+    method.compile(dynamic=False)
+    compiled = losses()
+    assert compiled == pytest.approx(eager, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+# -------------------------------------------------------------------------------------------------
+# self-conditioning in every second row
+
+class Reader(torch.nn.Module):
+    """A network whose prediction depends on what it is shown of an earlier one."""
+
+    def forward(self, inputs, level):
+        z, x_prev = inputs.chunk(2, -1)
+        return 3 * z.flip(-1) * level[..., None] + 5 * x_prev
+
+
+def self_conditioned(loss):
+    table = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    return TokenDiffusion(Reader(), table, "cosine", loss, -4, 8, self_cond=True,
+                          output_prior=False, prompts=0.3)
+
+
+@pytest.mark.parametrize("loss", ["ce", "elbo"])
+@pytest.mark.parametrize("B", [1, 2, 3, 32])
+def test_half_of_the_rows_cost_on_average_what_a_coin_costs(B, loss):
+    """For each draw the loss is an average over the parity: it equals that over a coin which shows
+    all rows an earlier prediction, or none. An odd batch needs both parities for its last row."""
+    method = self_conditioned(loss)
+    x0 = torch.randint(3, (B, 12), generator=torch.Generator().manual_seed(B))
+
+    def mean_loss(x_prevs):
+        losses = []
+        for x_prev in x_prevs:
+            torch.manual_seed(4)
+            method.half_of_x_prev = x_prev
+            losses.append(method(x0).item())
+        return sum(losses) / 2
+
+    honest = type(method).half_of_x_prev
+
+    def with_parity(parity):
+        return lambda z, gamma, cond, _: honest(method, z, gamma, cond, torch.tensor(parity))
+
+    def coin(shown):
+        def x_prev(z, gamma, cond, _):
+            return shown * method.predict_tokens(z, gamma, cond)[0]
+        return x_prev
+
+    assert mean_loss([coin(0), coin(0)]) != mean_loss([coin(1), coin(1)])
+    by_rows = mean_loss([with_parity(0), with_parity(1)])
+    assert by_rows == pytest.approx(mean_loss([coin(0), coin(1)]), rel=1e-6)
+
+
+def test_the_parity_is_a_fair_coin_that_does_not_look_at_the_times():
+    """Each row is shown an earlier prediction in half of the batches, at early and late times."""
+    method = self_conditioned("ce")
+    shown = []
+    honest = method.half_of_x_prev
+
+    def watched(z, gamma, cond, parity):
+        x_prev = honest(z, gamma, cond, parity)
+        shown.append(x_prev.flatten(1).any(1))
+        return x_prev
+
+    method.half_of_x_prev = watched
+    x0 = torch.zeros(5, 4, dtype=torch.long)
+    for seed in range(400):
+        torch.manual_seed(seed)
+        method(x0)
+    share = torch.stack(shown).float().mean(0)
+    assert (share - 0.5).abs().max() < 4 * 0.5 / 400 ** 0.5
+    assert torch.stack(shown).float().sum(1).unique().tolist() == [2, 3]
