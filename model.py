@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import AMP, GPU, autocast
+import config
+from config import GPU, autocast
 
 
 def norm(x):
@@ -181,7 +182,7 @@ class Transformer(nn.Module):
         n_pairs = c.n_embd // c.n_head // 2
         freq = 10000 ** -(torch.arange(n_pairs) / n_pairs)
         angle = torch.arange(c.block_size)[:, None] * freq * use_positions
-        rope = torch.stack([angle.cos(), angle.sin()]).to(AMP)
+        rope = torch.stack([angle.cos(), angle.sin()]).to(config.AMP)
         self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, x, t, kv_cache=None):

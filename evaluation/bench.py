@@ -8,20 +8,17 @@ since bits and embeddings take a further pass in every other step. The networks 
 turn, so that a busy machine slows all alike. The share of the peak is against a large matrix
 product in the same precision, in the same round.
 """
-import contextlib
 import operator
 import statistics
 import time
 from dataclasses import fields, replace
-from unittest import mock
 
 import torch
 from torch import nn
 
 import analog_bits
+import config
 import embed_diffusion
-import model
-import optimizer
 import train
 from config import AMP, DEVICE, GPU, Bits, CodeSampler, Config, Embed, EmbedSampler, Masked, Sample
 from config import parse, run
@@ -73,8 +70,9 @@ class Trained:
     def __init__(self, script, c, dtype):
         self.c = c
         self.dtype = dtype
+        config.AMP = dtype
         self.method = script.build(c, META).to(DEVICE).train()
-        self.opts = optimizer.build_optimizers(self.method, c)
+        self.opts = train.build_optimizers(self.method, c)
         self.scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
         self.seconds = []
 
@@ -82,14 +80,11 @@ class Trained:
         return torch.randint(V, (n, self.c.block_size), device=DEVICE)
 
     def step(self, i):
-        precision = contextlib.nullcontext()
-        if self.dtype == torch.float32:          # model.py has no other way to be asked
-            precision = mock.patch.object(model, "autocast", contextlib.nullcontext)
-        with precision:
-            if i == 0 and self.c.compile:
-                train.compile_method(self.method, self, self.c)
-            self.seconds.append(timed(train.train_step, self.method, self, self.c, i, self.opts,
-                                      self.scaler, False))
+        config.AMP = self.dtype
+        if i == 0 and self.c.compile:
+            train.compile_method(self.method, self, self.c)
+        self.seconds.append(timed(train.train_step, self.method, self, self.c, i, self.opts,
+                                  self.scaler, False))
 
     def flops(self):
         """Of a step: 2 a weight and token forward, 4 backward, those of attention, and half a

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from config import AMP, DEVICE, GPU, HERE
+import config
+from config import DEVICE, GPU, HERE
 from mnist_ddpm import sample_images, to_bytes
 from train import reseed, spaced_rows
 
@@ -31,7 +32,7 @@ def stamp():
     except OSError:                # there is no git
         commit = ""
     return (f"`{command}` at commit {commit or 'unknown'}; {machine()}, "
-            f"{str(AMP).removeprefix('torch.')}, PyTorch {torch.__version__}")
+            f"{str(config.AMP).removeprefix('torch.')}, PyTorch {torch.__version__}")
 
 
 def machine():

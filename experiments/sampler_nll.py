@@ -10,16 +10,15 @@ A sampler has calls network calls a window of T characters, T / calls characters
 bound" is paired by window, as is "minus margin". order=random is an average over orders, so its
 number is a bound, of one random order a window.
 """
-import contextlib
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-import model
+import config
 from checkpoint import find_checkpoint
-from config import AMP, HERE, Sample, Settings, check, parse, run
+from config import HERE, Sample, Settings, check, parse, run
 from evaluation.likelihood import corpus, likelihood, mean_and_stderr, open_checkpoint
 from evaluation.report import Table, stamp
 from evaluation.samples import eval_model, fill, text_metrics, training_text
@@ -27,6 +26,7 @@ from train import reseed, spaced_rows
 
 CALLS = (8, 16, 32, 43, 64)
 ORDERS = ("left", "random", "confidence", "margin", "entropy")
+BATCH = 400
 EXACT = Sample(temperature=1.0, remask=0.0, min_distance=0, counts="even", order="margin")
 
 
@@ -41,6 +41,10 @@ class Samplers(Settings):   # python -m experiments.sampler_nll
     only: str = ""                 # the rows of held-out text whose title has this
     fp32: bool = False             # else as it was trained: precision decides some paths
     seed: int = 1337
+
+    def __post_init__(self):
+        check(self.windows >= 2 and self.n >= 0 and self.n != 1, "windows, or n if not 0, must be 2 "
+              "or more, for the sake of a standard error")
 
 
 def vary(**change):
@@ -73,12 +77,20 @@ def written_samplers(T):
     return dict(rows)
 
 
-def nats_per_char(method, x, how):
-    """(W,) float64: of held-out windows x (W, T), by the sampler how."""
+def nats_per_char(method, x, how, known=None):
+    """(W,) float64: of what is not known (T,) in held-out windows x (W, T), by the sampler how."""
+    if known is None:
+        known = torch.zeros(x.size(1), dtype=torch.bool)
     reseed(how.seed)
-    parts = [method.sampler_nll(batch, torch.zeros_like(batch, dtype=torch.bool), how)
-             for batch in x.split(128)]
-    return torch.cat(parts).cpu() / x.size(1)
+    parts = [method.sampler_nll(batch, known.to(x.device).expand_as(batch), how)
+             for batch in x.split(BATCH)]
+    return torch.cat(parts).cpu() / (~known).sum()
+
+
+def ar_nats_per_char(ar, x, known):
+    """The same by the baseline, which reads what stands to the left alone."""
+    nats = [F.cross_entropy(ar.logits(batch).mT, batch, reduction="none") for batch in x.split(BATCH)]
+    return torch.cat(nats).double().cpu()[:, ~known].mean(1)
 
 
 class Kept:
@@ -117,6 +129,36 @@ def held_out_table(method, data, s, kept, key):
         table.add(title, mean_and_stderr(values), mean_and_stderr(values - bound), to_best)
 
 
+def spans(T):
+    """{title: known (T,)}: all but the title's part of a window."""
+    parts = {"16 characters in the middle": (T // 2 - 8, T // 2 + 8),
+             "the middle half": (T // 4, T - T // 4),
+             "the second half": (T // 2, T)}
+    knowns = {}
+    for title, (start, end) in parts.items():
+        knowns[title] = torch.ones(T, dtype=torch.bool)
+        knowns[title][start:end] = False
+    return knowns
+
+
+def infilling_table(method, data, s, kept, key):
+    """A part of a window given the rest, one character at a call."""
+    x = spaced_rows(data.val, s.windows).long()
+    ar = eval_model(s)
+    columns = {order: 4 for order in ORDERS}
+    table = Table(f"-log p of a part of {len(x)} held-out windows given the rest, nats a character; "
+                  f"the baseline, {ar.path}, reads the left side alone",
+                  {"part": 0, **columns, "baseline": 4, "baseline - margin": 4})
+    for title, known in spans(data.T).items():
+        nats = []
+        for order in ORDERS:
+            _, how = vary(order=order, steps=data.T)
+            nats.append(kept.get(f"{key}, {title}, {order}", nats_per_char, method, x, how, known))
+        by_ar = kept.get(f"{key}, {title}, {ar.path}", ar_nats_per_char, ar.method, x, known)
+        difference = by_ar - nats[ORDERS.index("margin")]
+        table.add(title, *map(mean_and_stderr, [*nats, by_ar, difference]))
+
+
 def written_row(method, data, scorer, n, how):
     """What n texts are like that the sampler how wrote. -> numbers and pairs, for a row"""
     nothing_known = torch.zeros(n, data.T, dtype=torch.bool)
@@ -142,21 +184,19 @@ def written_table(method, data, s, kept, key):
 @torch.no_grad()
 def main(argv):
     s = Samplers(**parse(argv, Samplers))
+    if s.fp32:
+        config.AMP = torch.float32                 # before the network is built
     checkpoint = open_checkpoint(find_checkpoint(s.out, "masked"))
     check(checkpoint.name == "masked", f"{checkpoint.path} is no masked model")
     data = corpus(checkpoint, s)
     kept = Kept(HERE / "out/sampler_nll.pt")
-    dtype = AMP
-    precision = contextlib.nullcontext()
-    if s.fp32:
-        dtype = torch.float32
-        precision = mock.patch.object(model, "autocast", contextlib.nullcontext)
+    dtype = str(config.AMP).removeprefix("torch.")
     key = f"{checkpoint.path}, step {checkpoint.meta['step']}, {dtype}, {s.windows} windows"
     print(f"{stamp()}\n\n{key}")
-    with precision:
-        held_out_table(checkpoint.method, data, s, kept, key)
-        if s.n:
-            written_table(checkpoint.method, data, s, kept, key)
+    held_out_table(checkpoint.method, data, s, kept, key)
+    infilling_table(checkpoint.method, data, s, kept, key)
+    if s.n:
+        written_table(checkpoint.method, data, s, kept, key)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ SET_FROM_OUTSIDE = {      # rows and counts that data fill, and what torch offer
     "train.py: method._compiled_call_impl",
     "train.py: torch.utils.deterministic.fill_uninitialized_memory",
     "experiments/golden.py: config.AMP", "evaluation/bench.py: config.AMP",
+    "experiments/sampler_nll.py: config.AMP",
 }
 UNSAID = {"__init__", "__post_init__", "forward", "main", "sample", "build"}
 OPERATIONS = (ast.Call, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Attribute,
