@@ -14,10 +14,11 @@ import unicodedata
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from checkpoint import find_checkpoint, load
-from config import COLOR, DEVICE, Masked, Sample, check, parse, run
+from config import COLOR, DEVICE, GPU, Masked, Sample, check, parse, run
 from data import CharTokenizer, clean
 from train import build, reseed
 
@@ -194,9 +195,37 @@ def open_model(out, name, settings, build, methods):
     """The checkpoint to write with -> its method, settings, dict and tokenizer."""
     path = find_checkpoint(out, name)
     method, c, meta = load(path, settings, build, methods)
+    if GPU:
+        method.net = Recorded(method.net)
     print(f"{path}: {meta['method']}, trained on {meta['data']['name']} for {meta['step']:,} steps",
           file=sys.stderr)
     return method, c, meta, CharTokenizer(meta["alphabet"], meta["is_bytes"])
+
+
+class Recorded(nn.Module):
+    """A network as a CUDA graph for each shape of its inputs: the host launches one graph a call."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.recorded = {}
+
+    def forward(self, x, t, kv_cache=None):
+        if kv_cache is not None or torch.is_grad_enabled():
+            return self.net(x, t, kv_cache)
+        key = x.shape, x.dtype, t.shape, t.dtype
+        if key not in self.recorded:
+            inputs = x.clone(), t.clone()
+            self.net(*inputs)                              # what is made at the first call
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = self.net(*inputs)
+            self.recorded[key] = graph, inputs, out
+        graph, inputs, out = self.recorded[key]
+        inputs[0].copy_(x)
+        inputs[1].copy_(t)
+        graph.replay()
+        return out.clone()
 
 
 def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):

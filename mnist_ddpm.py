@@ -58,7 +58,9 @@ class PatchTransformer(nn.Module):
         n_patches = self.side ** 2
         size = c.patch ** 2
         embed = PatchEmbedding(size + N_CLASSES, n_patches, c.n_embd)
-        self.transformer = Transformer(replace(c, block_size=n_patches), embed, size * n_out)
+        # pixels are read and kept exactly, for the bound depends on the finest noise
+        self.transformer = Transformer(replace(c, block_size=n_patches), embed, size * n_out,
+                                       half=False)
 
     def forward(self, x, t, label=None):
         """x (B, 784, 1); t (B, 1), or (B, 784) where all pixels have the same; label (B,), -1 where

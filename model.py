@@ -163,9 +163,10 @@ class TimeEmbedding(nn.Module):
 
 class Transformer(nn.Module):
 
-    def __init__(self, c, embed, n_out, causal=False, use_positions=True):
+    def __init__(self, c, embed, n_out, causal=False, use_positions=True, half=GPU):
         super().__init__()
         self.embed = embed
+        self.half = half     # keep x, to which each block adds, in AMP: half the memory traffic
         self.blocks = nn.ModuleList(Block(c, causal, use_positions) for _ in range(c.n_layer))
         self.head = nn.Linear(c.n_embd, n_out, bias=False)
         self.time = TimeEmbedding(c) if c.time else None
@@ -202,6 +203,8 @@ class Transformer(nn.Module):
         rope = self.rope[:, start:start + T]
         with autocast():
             x = norm(self.embed(x))                                    # (B, T, C)
+            if self.half:
+                x = x.to(config.AMP)
             mod = [0.0] * 6
             if self.time is not None:
                 mod = self.time(t)

@@ -17,16 +17,16 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from numpy.random import SeedSequence     # here, for numpy imports it at its first use
+from numpy.random import SeedSequence
 from torch import nn
 from tqdm import tqdm
 
 from checkpoint import RunFolder, out_option, start_or_resume, try_to_write, write_log
-from config import AMP, DEVICE, RANK, WORLD_SIZE, Masked, Sample, check, first_line, print0, run
+from config import AMP, DEVICE, RANK, WORLD_SIZE, Masked, Sample, check, print0, run
 from data import Text
 from diffusion import Autoregressive, MaskedDiffusion
 from model import Transformer
-from optimizer import build_optimizers, get_lr
+from step import TrainingStep, get_lr, reseed
 
 SETTINGS = Masked
 SAMPLER = Sample
@@ -41,52 +41,6 @@ def build(c, meta):
     if c.objective == "ar":
         return Autoregressive(net, V)
     return MaskedDiffusion(net, V, c.schedule, c.loss)
-
-
-def reseed(*key):
-    """Seed torch with a tuple of integers. Micro-batch i of a step has a seed of its own, so that
-    resuming is exact without a saved RNG state, evaluation changes nothing, and it does not
-    matter which process takes which micro-batch."""
-    torch.manual_seed(int(SeedSequence(key).generate_state(1)[0]))
-
-
-def train_step(method, data, c, step, opts, scaler, stop):
-    """One update; the host never waits for the device. -> the mean loss over the micro-batches of
-    all processes, and whether to stop: stop itself, or with several processes a tensor"""
-    for opt in opts:
-        for group in opt.param_groups:
-            group["lr"] = get_lr(step, c)
-
-    # gradients
-    total = torch.zeros((), device=DEVICE)
-    for i in range(RANK, c.grad_accum, WORLD_SIZE):
-        reseed(c.seed, step, i)
-        loss = method(data.batch(c.batch_size)) / c.grad_accum
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    if WORLD_SIZE > 1:
-        total, stop = all_reduce(method, total, stop)
-
-    # clip; after an fp16 overflow the norm, and so every gradient, becomes NaN
-    params = list(method.parameters())
-    norm = nn.utils.get_total_norm([p.grad for p in params])
-    norm = torch.where(norm.isfinite(), norm, math.nan) / scaler.scale(torch.ones_like(norm))
-    nn.utils.clip_grads_with_norm_(params, c.grad_clip or math.inf, norm)
-
-    # update; both optimizers skip a step whose gradients are NaN
-    for opt in opts:
-        scaler.unscale_(opt)
-        scaler.step(opt)
-        opt.zero_grad(set_to_none=True)
-    scaler.update()
-    return total, stop
-
-
-@torch.no_grad()
-def update_ema(ema, method, step, decay):
-    """ema <- decay * ema + (1 - decay) * method, with a smaller decay in the first steps."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(method.parameters()), 1 - decay)
 
 
 @torch.no_grad()
@@ -155,10 +109,9 @@ def fit(method, data, c, meta, show_sample, state=None):
     # the model, its average, the optimizers, and how far the run has come
     method.to(DEVICE).train()
     ema = copy.deepcopy(method).eval().requires_grad_(False)
-    opts = build_optimizers(method, c)
-    scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
-    parts = {"model": method, "ema": ema, "scaler": scaler}
-    parts |= {type(opt).__name__: opt for opt in opts}
+    train_step = TrainingStep(method, ema, data, c)
+    parts = {"model": method, "ema": ema, "scaler": train_step.scaler}
+    parts |= {type(opt).__name__: opt for opt in train_step.opts}
     progress = Progress()
     if state:
         folder.restore(parts, state)
@@ -175,12 +128,11 @@ def fit(method, data, c, meta, show_sample, state=None):
     bar = tqdm(total=c.max_iters, initial=progress.step, disable=RANK > 0 or None)
     while progress.step < c.max_iters and not stopping:
         if progress.step == compile_at and c.compile and c.max_iters >= 1000:
-            compile_method(method, data, c)
+            train_step.compile()
             start_time = time.perf_counter() - progress.seconds
 
         # one step
-        loss, to_stop = train_step(method, data, c, progress.step, opts, scaler, stop.requested)
-        update_ema(ema, method, progress.step, c.ema)
+        loss, to_stop = train_step(progress.step, stop.requested)
         progress.step += 1
         progress.seconds = time.perf_counter() - start_time
         progress.loss_sum += loss
@@ -351,34 +303,6 @@ def join_processes(c, meta):
     dist.all_gather_object(data, meta["data"])
     names = ", ".join(d["name"] for d in data)
     check(len({d["sha256"] for d in data}) == 1, f"processes read different data: {names}")
-
-
-def all_reduce(method, loss, stop):
-    """Sum gradients, loss and the wish to stop over all processes, in one message."""
-    grads = [p.grad for p in method.parameters()]
-    flags = torch.stack([loss, torch.full_like(loss, stop)])
-    flat = torch.cat([nn.utils.parameters_to_vector(grads), flags])
-    try:
-        dist.all_reduce(flat)
-    except RuntimeError:
-        raise SystemExit("another process has ended, so this one does") from None
-    nn.utils.vector_to_parameters(flat[:-2], grads)
-    return flat[-2], flat[-1] > 0
-
-
-def compile_method(method, data, c):
-    """Compile the loss in place, or go on without where that fails (no C++ compiler)."""
-    # so that resuming is exact: a compiled gradient of an embedding sums in any order
-    torch.use_deterministic_algorithms(DEVICE == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        method.compile(dynamic=False)
-        method(data.batch(c.batch_size)).backward()
-    except Exception as error:
-        method._compiled_call_impl = None
-        print0("going on without torch.compile, which failed here: "
-               f"{type(error).__name__}: {first_line(error)}")
-    method.zero_grad(set_to_none=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ since bits and embeddings take a further pass in every other step. The networks 
 turn, so that a busy machine slows all alike. The share of the peak is against a large matrix
 product in the same precision, in the same round.
 """
+import copy
 import operator
 import statistics
 import time
@@ -23,6 +24,7 @@ import train
 from config import AMP, DEVICE, GPU, Bits, CodeSampler, Config, Embed, EmbedSampler, Masked, Sample
 from config import parse, run
 from evaluation.report import Table, stamp
+from step import TrainingStep
 
 V = 65                     # of random text, which costs nothing to read
 META = {"alphabet": "".join(map(chr, range(32, 32 + V)))}
@@ -72,8 +74,8 @@ class Trained:
         self.dtype = dtype
         config.AMP = dtype
         self.method = script.build(c, META).to(DEVICE).train()
-        self.opts = train.build_optimizers(self.method, c)
-        self.scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
+        ema = copy.deepcopy(self.method).requires_grad_(False)
+        self.train_step = TrainingStep(self.method, ema, self, c)
         self.seconds = []
 
     def batch(self, n):
@@ -82,9 +84,8 @@ class Trained:
     def step(self, i):
         config.AMP = self.dtype
         if i == 0 and self.c.compile:
-            train.compile_method(self.method, self, self.c)
-        self.seconds.append(timed(train.train_step, self.method, self, self.c, i, self.opts,
-                                  self.scaler, False))
+            self.train_step.compile()
+        self.seconds.append(timed(self.train_step, i))
 
     def flops(self):
         """Of a step: 2 a weight and token forward, 4 backward, those of attention, and half a

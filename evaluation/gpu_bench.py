@@ -17,6 +17,8 @@ import train
 from config import AMP, DEVICE, Masked, Sample, check, parse, run
 from evaluation.bench import META, Trained
 from evaluation.report import Table, stamp
+from generate import Recorded
+from step import call
 
 CALLS = 8
 
@@ -45,57 +47,59 @@ def main(argv):
 
 
 def steps(c):
-    row = Trained(train, c, AMP)
-    method = row.method
-    ema = train.build(c, META).to(DEVICE).requires_grad_(False)
-    table = Table("a step", {"part": 0, "ms": 2, "least": 2, "greatest": 2})
+    trained = Trained(train, c, AMP)
+    step = trained.train_step
+    method = step.method
+    table = Table("a training step", {"part": 0, "ms": 2, "least": 2, "greatest": 2})
 
-    def whole_step(i):
-        train.train_step(method, row, c, i, row.opts, row.scaler, False)
-        train.update_ema(ema, method, i, c.ema)
+    def forward_backward(_):
+        step.micro_batch()
+        method.zero_grad()
 
-    def forward_backward(i):
-        train.reseed(c.seed, i)
-        row.scaler.scale(method(row.batch(c.batch_size))).backward()
-        method.zero_grad(set_to_none=True)
+    def clip(_):
+        nn.utils.clip_grad_norm_(method.parameters(), 1.0)
 
-    table.add("whole step, eager", *milliseconds(whole_step))
-    torch.cuda.reset_peak_memory_stats()
+    table.add("eager", *milliseconds(step))
     start_time = time.perf_counter()
-    train.compile_method(method, row, c)
+    step.compile()
     compile_seconds = time.perf_counter() - start_time
-    whole = milliseconds(whole_step)
-    table.add("whole step, compiled", *whole)
-    table.add("of it batch", *milliseconds(lambda i: row.batch(c.batch_size)))
-    table.add("of it forward and backward", *milliseconds(forward_backward))
-    row.scaler.scale(method(row.batch(c.batch_size))).backward()
-    table.add("of it clip", *milliseconds(lambda i: nn.utils.clip_grad_norm_(method.parameters(), 1)))
-    for opt in row.opts:
-        table.add(f"of it {type(opt).__name__}", *milliseconds(lambda i, opt=opt: opt.step()))
-    table.add("of it EMA", *milliseconds(lambda i: train.update_ema(ema, method, i, c.ema)))
+    whole = milliseconds(step)
+    table.add("as trained: compiled, and recorded as CUDA graphs", *whole)
+    replay = step.run
+    table.add("its graph of forward and backward", *milliseconds(lambda _: replay(step.micro_batch)))
+    table.add("its graph of the update", *milliseconds(lambda _: replay(step.update)))
+    step.run = call
+    table.add("compiled, not recorded", *milliseconds(step))
+    table.add("batch", *milliseconds(lambda _: trained.batch(c.batch_size)))
+    table.add("forward and backward", *milliseconds(forward_backward))
+    step.micro_batch()
+    table.add("clip", *milliseconds(clip))
+    for opt in step.opts:
+        table.add(type(opt).__name__, *milliseconds(lambda _, opt=opt: opt.step()))
 
     n = 8192
     square = torch.randn(n, n, device=DEVICE).to(AMP)
-    product = milliseconds(lambda i: square @ square)[0]
+    product = milliseconds(lambda _: square @ square)[0]
     peak = 2 * n ** 3 / product * 1e3
-    share = row.flops() / whole[0] * 1e3 / peak
+    share = trained.flops() / whole[0] * 1e3 / peak
     n_chars = c.batch_size * c.block_size
-    print(f"compiled in {compile_seconds:.0f} s; {n_chars / whole[0] * 1e3:,.0f} characters/s; "
+    print(f"\ncompiled in {compile_seconds:.0f} s; {n_chars / whole[0] * 1e3:,.0f} characters/s; "
           f"{share:.1%} of the {peak / 1e12:.0f} TFLOP/s of a matrix product of {n}; "
           f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for i in range(5):
-            whole_step(i)
+            step(i)
         torch.cuda.synchronize()
     events = seen.key_averages()
     busy = sum(event.self_device_time_total for event in events) / 5e3
     kernels = sum(event.count for event in events) / 5
     print(f"the GPU is busy for {busy:.2f} ms a step, with {kernels:.0f} kernels\n")
-    print(events.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=90))
+    print(events.table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=90))
 
 
 def sampling(c):
     method = train.build(c, META).to(DEVICE).eval()
+    method.net = Recorded(method.net)
     table = Table("sampling", {"texts": 0, "calls/s": 0, "characters/s": 0})
     for n in (1, 64):
         x = torch.zeros(n, c.block_size, dtype=torch.long, device=DEVICE)

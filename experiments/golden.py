@@ -9,6 +9,7 @@ steps and then write or draw, and what generate.py writes with the checkpoints i
 a CPU, one thread. Texts and pictures are seeded integers, so no corpus is needed.
 """
 import contextlib
+import copy
 import io
 import json
 import shlex
@@ -28,6 +29,7 @@ import generate  # noqa: E402
 import mnist_ddpm  # noqa: E402
 import train  # noqa: E402
 from data import CharTokenizer  # noqa: E402
+from step import TrainingStep  # noqa: E402
 
 PATH = config.HERE / "tests/golden.json"
 CASES = json.loads((config.HERE / "tests/golden_cases.json").read_text(encoding="utf-8"))
@@ -99,11 +101,10 @@ def train_case(name):
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
 
-    opts = train.build_optimizers(method, c)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    train_step = TrainingStep(method, copy.deepcopy(method).requires_grad_(False), data, c)
     losses = []
     for step in range(c.max_iters):
-        loss, _ = train.train_step(method, data, c, step, opts, scaler, False)
+        loss, _ = train_step(step)
         losses.append(loss.item())
     levels = 2 if kind == "mnist" else 4
     bound = train.evaluate(method.eval(), data.val, levels)["bound"]

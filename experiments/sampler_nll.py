@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import config
 from checkpoint import find_checkpoint
-from config import HERE, Sample, Settings, check, parse, run
+from config import DEVICE, HERE, Sample, Settings, check, parse, run
 from evaluation.likelihood import corpus, likelihood, mean_and_stderr, open_checkpoint
 from evaluation.report import Table, stamp
 from evaluation.samples import eval_model, fill, text_metrics, training_text
@@ -163,6 +163,7 @@ def written_row(method, data, scorer, n, how):
     """What n texts are like that the sampler how wrote. -> numbers and pairs, for a row"""
     nothing_known = torch.zeros(n, data.T, dtype=torch.bool)
     x, _, _ = fill(method, torch.zeros(n, data.T, dtype=torch.long), nothing_known, how)
+    x = x.to(DEVICE)
     own = nats_per_char(method, x, how)
     scored = torch.cat([scorer.method.bound(batch)[0] for batch in x.split(128)]).double().cpu()
     m = text_metrics([data.tokenizer.decode(ids) for ids in x.tolist()], *training_text(data))

@@ -14,6 +14,7 @@ from conftest import (
 import checkpoint
 import train
 from checkpoint import find_checkpoint
+from step import TrainingStep
 
 SHORT = [*TINY, "--max_iters=2"]
 ENDLESS = [*TINY, "--max_iters=1000000", "--eval_interval=20", "--compile=False"]
@@ -342,22 +343,22 @@ def test_a_folder_that_is_gone_is_made_again(corpus, tmp_path, monkeypatch, what
     """Renamed, removed, or without its status: the run ends as the straight one does. Its best
     weights are then those of the evaluations since."""
     out = tmp_path / "run"
-    honest = train.train_step
+    honest = TrainingStep.__call__
 
-    def train_step(method, data, c, i, *rest):
+    def watched(train_step, i, stop):
         if i == 10 and what == "renamed":
             out.rename(tmp_path / "old")
         if i == 10 and what == "removed":
             shutil.rmtree(out)
         if i == 10 and what == "status":
             (out / "status").unlink()
-        return honest(method, data, c, i, *rest)
+        return honest(train_step, i, stop)
 
     args = [corpus, *TINY, "--max_iters=24", "--eval_interval=8"]
     train.main([*args, f"--out={tmp_path}/straight"])
     bounds = iter([0.1, 0.3, 0.2])
     evaluate = train.evaluate
-    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(TrainingStep, "__call__", watched)
     monkeypatch.setattr(train, "evaluate", lambda *a: {**evaluate(*a), "bound": next(bounds, 0.5)})
     train.main([*args, f"--out={out}"])
     ours = read_state(out)["model"].values()

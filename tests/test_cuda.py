@@ -1,14 +1,17 @@
 """The device the project is written for: fp16, its scaler, the compiler, no waiting. Collected by
 `pytest tests/test_cuda.py` alone, where there is a CUDA device."""
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, end, read_log, read_state, start, tensors
+from conftest import TINY, end, read_log, read_state, start, tensors, training_step
 
 import mnist_ddpm
 import train
-from config import DEVICE, Mnist
+from config import DEVICE, Mnist, Sample
+from generate import Recorded, texts
+from step import call, reseed
 from test_step import METHODS, RandomBatches, build
 
 class OnDevice(RandomBatches):
@@ -19,23 +22,16 @@ class OnDevice(RandomBatches):
         return torch.randint(20, (n, self.T), device=DEVICE)
 
 
-def on_device(name):
-    method, c, data, _ = build(name)
-    method.to(DEVICE)
+def on_device(name, init_scale=2.0 ** 10):
+    """A training step that has not been compiled."""
+    method, _, c = build(name)
     data = OnDevice(METHODS[name][0], c.block_size)
-    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0 ** 10)
-    return method, c, data, train.build_optimizers(method, c), scaler
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=init_scale)
+    return training_step(method.to(DEVICE), data, c, scaler)
 
 
-def losses(name, n, prepare=None):
-    method, c, data, opts, scaler = on_device(name)
-    if prepare:
-        prepare(method)
-    out = []
-    for step in range(n):
-        loss, _ = train.train_step(method, data, c, step, opts, scaler, False)
-        out.append(loss)
-    return torch.stack(out)
+def losses(train_step, n):
+    return torch.stack([train_step(step)[0] for step in range(n)])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -44,12 +40,11 @@ def test_gradients_in_fp16_are_those_in_fp32(monkeypatch, name):
     for precision in ("fp16", "fp32"):
         if precision == "fp32":
             monkeypatch.setattr("model.autocast", contextlib.nullcontext)
-        method, c, data, _, scaler = on_device(name)
-        train.reseed(1)
-        loss = method(data.batch(c.batch_size))
-        scaler.scale(loss).backward()
-        flat = torch.cat([p.grad.flatten() for p in method.parameters()]) / scaler.get_scale()
-        gradients.append(flat)
+        train_step = on_device(name)
+        reseed(1)
+        train_step.micro_batch()
+        flat = torch.cat([p.grad.flatten() for p in train_step.method.parameters()])
+        gradients.append(flat / train_step.scaler.get_scale())
     ours, exact = gradients
     assert ours.isfinite().all() and exact.norm() > 0
     assert (ours - exact).norm() / exact.norm() < 0.02
@@ -57,47 +52,73 @@ def test_gradients_in_fp16_are_those_in_fp32(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["masked", "ar", "bits", "embed", "pixels"])
 def test_fifty_steps_in_fp16_are_fifty_in_fp32(monkeypatch, name):
-    ours = losses(name, 50)
+    ours = losses(on_device(name), 50)
     monkeypatch.setattr("model.autocast", contextlib.nullcontext)
-    exact = losses(name, 50)
+    exact = losses(on_device(name), 50)
     assert (ours[-10:].mean() / exact[-10:].mean() - 1).abs() < 0.01
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_host_does_not_wait_in_a_step(name):
     """torch itself says where it would."""
-    method, c, data, opts, scaler = on_device(name)
-    ema = on_device(name)[0].requires_grad_(False)
-    train.train_step(method, data, c, 0, opts, scaler, False)
+    train_step = on_device(name)
+    train_step(0)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train.train_step(method, data, c, 1, opts, scaler, False)
-        train.update_ema(ema, method, 1, c.ema)
+        train_step(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_recorded_step_is_the_step(monkeypatch, name, grad_accum):
+    """CUDA graphs, of what is not compiled: losses, weights, averages and the count of steps are
+    the same, whatever the seed, the rate and the weight of the average."""
+    script, c = METHODS[name]
+    monkeypatch.setitem(METHODS, name, (script, replace(c, grad_accum=grad_accum, dropout=0.1)))
+    steps = []
+    for recorded in (False, True):
+        train_step = on_device(name)
+        out = losses(train_step, 3)
+        if recorded:
+            train_step.record()
+        out = torch.cat([out, losses(train_step, 10)])
+        steps.append((train_step, out))
+    (eager, eager_losses), (recorded, recorded_losses) = steps
+    assert recorded.run is not call
+    assert torch.allclose(eager_losses, recorded_losses, rtol=1e-3)
+    assert recorded_losses.unique().numel() == len(recorded_losses)
+    for a, b in zip(eager.ema.parameters(), recorded.ema.parameters(), strict=True):
+        assert (a - b).norm() < 0.02 * a.norm()
 
 
 @pytest.mark.parametrize("name", ["masked", "embed", "levels"])
 def test_compiled_losses_are_those_of_eager(name):
     torch._dynamo.reset()
-    eager = losses(name, 10)
-    compiled = losses(name, 10, lambda method: method.compile(dynamic=False))
-    assert torch.allclose(eager, compiled, rtol=1e-3)
+    eager = losses(on_device(name), 10)
+    train_step = on_device(name)
+    train_step.compile()
+    assert torch.allclose(eager, losses(train_step, 10), rtol=1e-3)
+    assert train_step.run is not call
 
 
-def test_an_overflow_skips_the_step_and_halves_the_scale():
-    method, c, data, opts, _ = on_device("masked")
-    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0 ** 40)
-    before = [p.clone() for p in method.parameters()]
-    train.train_step(method, data, c, 0, opts, scaler, False)
-    assert scaler.get_scale() == 2.0 ** 39
-    for a, b in zip(before, method.parameters(), strict=True):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_an_overflow_skips_the_step_and_halves_the_scale(recorded):
+    train_step = on_device("masked", init_scale=2.0 ** 40)
+    before = [p.clone() for p in train_step.method.parameters()]
+    if recorded:
+        train_step(0)                                      # AdamW makes its state
+        train_step.scaler.update(2.0 ** 40)
+        train_step.record()
+    train_step(0)
+    assert train_step.scaler.get_scale() == 2.0 ** 39
+    for a, b in zip(before, train_step.method.parameters(), strict=True):
         assert torch.equal(a, b)
-    for step in range(40):
-        train.train_step(method, data, c, step, opts, scaler, False)
-    assert all(p.isfinite().all() for p in method.parameters())
-    assert not any(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
+    losses(train_step, 40)
+    for a, b in zip(before, train_step.method.parameters(), strict=True):
+        assert b.isfinite().all() and not torch.equal(a, b)
 
 
 def test_a_huge_loss_of_pixels_trains(monkeypatch):
@@ -105,14 +126,12 @@ def test_a_huge_loss_of_pixels_trains(monkeypatch):
     c = Mnist(n_layer=1, n_head=2, n_embd=32, batch_size=16, patch=7, predict="x0",
               schedule="sqrt", loss="elbo")
     monkeypatch.setitem(METHODS, "huge", (mnist_ddpm, c))
-    method, c, data, opts, _ = on_device("huge")
-    scaler = torch.amp.GradScaler(DEVICE)
-    before = [p.clone() for p in method.parameters()]
-    for step in range(60):
-        train.train_step(method, data, c, step, opts, scaler, False)
-    print("scale", scaler.get_scale())
-    assert all(p.isfinite().all() for p in method.parameters())
-    assert not any(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
+    train_step = on_device("huge", init_scale=2.0 ** 16)
+    before = [p.clone() for p in train_step.method.parameters()]
+    losses(train_step, 60)
+    print("scale", train_step.scaler.get_scale())
+    for a, b in zip(before, train_step.method.parameters(), strict=True):
+        assert b.isfinite().all() and not torch.equal(a, b)
 
 
 def test_a_run_that_is_resumed_says_how_far_it_is_from_one_that_was_not(corpus, tmp_path):
@@ -132,9 +151,34 @@ def test_a_run_that_is_resumed_says_how_far_it_is_from_one_that_was_not(corpus, 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_evaluates(name):
-    method, c, data, _, _ = on_device(name)
-    batch = data.batch(6)
-    x0 = batch[0] if data.is_images else batch
-    e = train.evaluate(method.eval(), x0, 2)
-    assert 0 < e["bound"] < 100
+def test_it_evaluates(monkeypatch, name):
+    """The bound in fp16 is that in fp32."""
+    train_step = on_device(name)
+    method = train_step.method.eval()
+    x0 = train_step.data.batch(6)
+    if train_step.data.is_images:
+        x0, _ = x0
+    ours = train.evaluate(method, x0, 2)["bound"]
+    monkeypatch.setattr("model.autocast", contextlib.nullcontext)
+    assert ours == pytest.approx(train.evaluate(method, x0, 2)["bound"], rel=0.01)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_recorded_network_is_the_network(n):
+    """For each shape of its inputs, and again when they change; gradients go past the graph."""
+    method = on_device("masked").method.eval()
+    recorded = Recorded(method.net)
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randint(21, (n, 16), device=DEVICE)
+            t = torch.rand(n, device=DEVICE)
+            out = recorded(x, t)
+            assert torch.equal(out, method.net(x, t))
+    assert len(recorded.recorded) == 1
+    assert recorded(x, t).requires_grad
+
+
+def test_texts_are_written_on_the_device():
+    for out in ("results/masked.pt", "results/judge.pt"):
+        text, again = [texts(Sample(out=out, prompt="ROMEO:", length=150)) for _ in range(2)]
+        assert text == again and text[0].startswith("ROMEO:") and len(text[0]) == 150

@@ -7,12 +7,13 @@ import time
 import pytest
 import torch
 from conftest import (
-    TINY, assert_same_run, end, last_line, read_log, read_state, start, tensors)
+    TINY, assert_same_run, end, last_line, read_log, read_state, start, tensors, training_step)
 
 import train
 from checkpoint import load
 from config import Masked, parse
 from data import Text
+from step import TrainingStep, build_optimizers, get_lr
 
 
 def tiny(corpus, *typed):
@@ -21,15 +22,15 @@ def tiny(corpus, *typed):
 
 def after_step(monkeypatch, step, do):
     """Call do(method) when training has taken that many steps."""
-    honest = train.train_step
+    honest = TrainingStep.__call__
 
-    def train_step(method, data, c, i, *rest):
-        result = honest(method, data, c, i, *rest)
+    def watched(train_step, i, stop):
+        result = honest(train_step, i, stop)
         if i + 1 == step:
-            do(method)
+            do(train_step.method)
         return result
 
-    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(TrainingStep, "__call__", watched)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def after_step(monkeypatch, step, do):
 
 def test_the_rate_rises_holds_and_falls_to_zero():
     c = Masked(warmup_iters=9, max_iters=100, learning_rate=1.0)
-    rates = [train.get_lr(i, c) for i in range(100)]
+    rates = [get_lr(i, c) for i in range(100)]
     assert rates[:9] == pytest.approx([(i + 1) / 10 for i in range(9)])
     assert set(rates[9:51]) == {1.0}
     assert rates[50:] == pytest.approx([2 - i / 50 for i in range(50, 100)])
@@ -48,7 +49,7 @@ def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(corpus, optimizer):
     c = tiny(corpus, f"--optimizer={optimizer}")
     method = train.build(c, Text(c).meta)
     groups = [[id(p) for g in opt.param_groups for p in g["params"]]
-              for opt in train.build_optimizers(method, c)]
+              for opt in build_optimizers(method, c)]
     assert sorted(sum(groups, [])) == sorted(id(p) for p in method.parameters())
     blocks = method.net.blocks.parameters()
     muon = {id(p) for p in blocks if p.ndim == 2 and min(p.shape) >= 16}   # not the convolution
@@ -68,17 +69,17 @@ def test_under_a_scaler_the_step_is_the_step_without_it(corpus, clip):
     for enabled in (False, True):
         train.reseed(1)
         method = train.build(c, data.meta)
-        opts = train.build_optimizers(method, c)
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=2.0 ** 10)
+        train_step = training_step(method, data, c, scaler)
         sizes = []
 
         def look(opt, *_, sizes=sizes):
             for group in opt.param_groups:
                 sizes.extend(p.grad.norm() for p in group["params"])
 
-        for opt in opts:
+        for opt in train_step.opts:
             opt.register_step_pre_hook(look)
-        scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=2.0 ** 10)
-        train.train_step(method, data, c, 0, opts, scaler, False)
+        train_step(0)
         stepped.append((torch.stack(sizes).norm().item(), [*method.parameters()]))
     (size, plain), (scaled_size, scaled) = stepped
     if clip:
@@ -88,30 +89,6 @@ def test_under_a_scaler_the_step_is_the_step_without_it(corpus, clip):
     assert scaled_size == pytest.approx(size, rel=1e-4)
     for a, b in zip(plain, scaled, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
-
-
-def test_an_overflow_in_fp16_skips_every_optimizer(corpus):
-    """One bad gradient, in a parameter of AdamW: nothing moves, Muon's matrices included, and the
-    scale backs off."""
-    c = tiny(corpus)
-    data = Text(c)
-    method = train.build(c, data.meta)
-    opts = train.build_optimizers(method, c)
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
-    for step in range(3):
-        train.train_step(method, data, c, step, opts, scaler, False)
-    before = [p.clone() for p in method.parameters()]
-    for bad in (math.inf, math.nan):
-        scale = scaler.get_scale()
-        hook = method.net.head.weight.register_hook(lambda g, bad=bad: g * bad)
-        train.train_step(method, data, c, 3, opts, scaler, False)
-        hook.remove()
-        assert scaler.get_scale() < scale
-        for a, b in zip(before, method.parameters(), strict=True):
-            assert torch.equal(a, b)
-    train.train_step(method, data, c, 4, opts, scaler, False)
-    for a, b in zip(before, method.parameters(), strict=True):
-        assert not torch.equal(a, b)
 
 
 def test_two_micro_batches_are_the_mean_of_both(corpus):
@@ -133,11 +110,10 @@ def test_two_micro_batches_are_the_mean_of_both(corpus):
         if not seen:
             seen.extend(p.grad.clone() for p in method.parameters())
 
-    opts = train.build_optimizers(method, c)
-    for opt in opts:
+    train_step = training_step(method, data, c)
+    for opt in train_step.opts:
         opt.register_step_pre_hook(look)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    total, _ = train.train_step(method, data, c, 5, opts, scaler, False)
+    total, _ = train_step(5)
     assert losses[0] != losses[1]
     assert total.item() == pytest.approx(sum(losses).item() / 2, rel=1e-6)
     for a, b in zip(expected, seen, strict=True):
@@ -151,14 +127,15 @@ def test_the_average_is_the_average_and_no_graph(corpus, tmp_path, monkeypatch):
     method = train.build(c, meta)
     average = [p.detach().clone() for p in method.parameters()]
     shown = []
-    honest = train.update_ema
+    honest = TrainingStep.__call__
 
-    def update_ema(ema, method, step, decay):
-        honest(ema, method, step, decay)
+    def watched(train_step, step, stop):
+        result = honest(train_step, step, stop)
         for a, p in zip(average, method.parameters(), strict=True):
             a.lerp_(p.detach(), 1 - min(c.ema, (1 + step) / (10 + step)))
+        return result
 
-    monkeypatch.setattr(train, "update_ema", update_ema)
+    monkeypatch.setattr(TrainingStep, "__call__", watched)
     out = train.fit(method, data, c, meta, lambda ema, out: shown.append((ema, out)))
     (ema, shown_in), = shown                               # one evaluation, at the last step
     assert shown_in == out == tmp_path / "run"
@@ -171,21 +148,21 @@ def test_the_average_is_the_average_and_no_graph(corpus, tmp_path, monkeypatch):
 def test_the_log_has_the_mean_loss_since_the_last_evaluation_and_the_rate(corpus, tmp_path,
                                                                           monkeypatch):
     losses = []
-    honest = train.train_step
+    honest = TrainingStep.__call__
 
-    def train_step(*args):
+    def watched(*args):
         loss, stop = honest(*args)
         losses.append(loss.item())
         return loss, stop
 
-    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(TrainingStep, "__call__", watched)
     c = tiny(corpus, "--max_iters=7", "--eval_interval=3")
     train.main([corpus, *TINY, "--max_iters=7", "--eval_interval=3", f"--out={tmp_path}/run"])
     first, second, third = read_log(tmp_path / "run")
     assert float(first["loss"]) == pytest.approx(sum(losses[:3]) / 3)
     assert float(second["loss"]) == pytest.approx(sum(losses[3:6]) / 3)
     assert float(third["loss"]) == pytest.approx(losses[6])
-    assert float(second["lr"]) == train.get_lr(5, c)
+    assert float(second["lr"]) == get_lr(5, c)
     assert float(second["bits"]) == pytest.approx(float(second["bound"]) / math.log(2))
 
 
@@ -267,17 +244,17 @@ def test_a_rising_bound_ends_early_where_it_says_something(early_stopping, kept,
 @pytest.mark.parametrize("what", ["loss", "weight"])
 def test_a_nan_ends_the_run_and_keeps_what_was_saved(corpus, tmp_path, monkeypatch, what):
     """A loss that is no number at step 8, or a weight after step 10 while every loss is fine."""
-    honest = train.train_step
+    honest = TrainingStep.__call__
 
-    def train_step(method, data, c, i, *rest):
-        loss, stop = honest(method, data, c, i, *rest)
+    def watched(train_step, i, stop):
+        loss, stop = honest(train_step, i, stop)
         if what == "loss" and i == 7:
             loss = loss * math.nan
         if what == "weight" and i == 9:
-            next(method.parameters()).data.fill_(math.nan)
+            next(train_step.method.parameters()).data.fill_(math.nan)
         return loss, stop
 
-    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(TrainingStep, "__call__", watched)
     with pytest.raises(SystemExit) as e:
         train.main([corpus, *TINY, "--max_iters=20", "--eval_interval=5", f"--out={tmp_path}/run"])
     line = last_line(e.value)
@@ -395,7 +372,7 @@ def test_compiled_gradients_are_the_same_every_time(corpus):
         torch.nn.init.normal_(p, std=0.1)
     torch.set_num_threads(2)
     try:
-        train.compile_method(method, data, c)
+        training_step(method, data, c).compile()
         gradients = []
         for _ in range(6):
             method.zero_grad()

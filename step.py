@@ -1,0 +1,226 @@
+"""One training step: gradients, Muon and AdamW, the moving average; compiled, and on CUDA recorded.
+
+The host never waits for the device in it. What changes from step to step, the learning rate and the
+weight of the average, is in tensors, and what is random has a seed that the host sets.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+from numpy.random import SeedSequence     # here, for numpy imports it at its first use
+from torch import nn
+
+from config import AMP, CUDA_GRAPHS, DEVICE, GPU, RANK, WORLD_SIZE, first_line, print0
+
+
+def reseed(*key):
+    """Seed torch with a tuple of integers. Micro-batch i of a step has a seed of its own, so that
+    resuming is exact without a saved RNG state, evaluation changes nothing, and it does not
+    matter which process takes which micro-batch."""
+    torch.manual_seed(int(SeedSequence(key).generate_state(1)[0]))
+
+
+def get_lr(step, c):
+    """Linear warm-up, constant, and over the second half a linear decay to zero."""
+    warmup = (step + 1) / (c.warmup_iters + 1)
+    decay = 2 * (1 - step / c.max_iters)
+    return c.learning_rate * min(warmup, decay, 1)
+
+
+def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
+    """Newton-Schulz: matrices (n, A, B) -> about U V^T of each U S V^T, all in one batch, bf16."""
+    is_tall = x.size(1) > x.size(2)
+    x = x.bfloat16()
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)        # b gram + c gram^2
+        x = torch.baddbmm(x, gram, x, beta=a)                          # a x + gram x
+    if is_tall:
+        x = x.mT
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (Jordan et al. 2024), as torch.optim.Muon with
+    adjust_lr_fn="match_rms_adamw"; but matrices of one shape go in one batch, a few kernels for all
+    layers where torch has some twenty for each matrix."""
+    _step_supports_amp_scaling = True        # GradScaler asks for this, and sets found_inf:
+    found_inf = None                         # 1 after an fp16 overflow, else 0
+
+    def __init__(self, params, weight_decay, momentum=0.95):
+        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():
+                self.update(params, group["lr"], group["weight_decay"], group["momentum"])
+
+    def update(self, params, lr, weight_decay, momentum):
+        """One step of matrices of one shape."""
+        for p in params:
+            if p not in self.state:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        average = torch.stack(buffers)                                 # (n, A, B)
+        grad = torch.stack([p.grad for p in params])
+        if self.found_inf is not None:
+            # a gradient that equals the average leaves it as it is; a product would keep the NaN
+            grad = torch.where(self.found_inf > 0, average, grad)
+            lr = lr * (1 - self.found_inf)
+        average = average.lerp(grad, 1 - momentum)
+        direction = orthogonalize(grad.lerp(average, momentum))
+        rms = 0.2 * math.sqrt(max(direction.shape[1:]))                # that of AdamW's updates
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_sub_(params, list((rms * lr * direction.float()).unbind()))
+        torch._foreach_copy_(buffers, list(average.unbind()))
+
+
+def build_optimizers(method, c):
+    """AdamW, or with optimizer=muon Muon for the matrices of the blocks and AdamW for the rest."""
+    matrices = []
+    rest = []
+    for name, p in method.named_parameters():
+        is_matrix = "blocks." in name and "conv" not in name
+        if is_matrix and c.optimizer == "muon":
+            matrices.append(p)
+        else:
+            rest.append(p)
+    opts = [torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=c.weight_decay, fused=True,
+                              capturable=GPU)]
+    if matrices:
+        opts.append(Muon(matrices, c.weight_decay))
+    return opts
+
+
+class TrainingStep:
+    """An update of method, whose forward(batch) is its loss, and of its moving average ema."""
+
+    def __init__(self, method, ema, data, c):
+        self.method = method
+        self.ema = ema
+        self.data = data
+        self.c = c
+        self.opts = build_optimizers(method, c)
+        self.scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
+        self.run = call
+        self.loss = torch.zeros((), device=DEVICE)
+        self.lr = torch.zeros((), device=DEVICE)
+        self.ema_weight = torch.zeros((), device=DEVICE)
+
+    def __call__(self, step, stop=False):
+        """-> the mean loss () over the micro-batches of all processes, and whether to stop: with
+        several processes a tensor, 1 if one of them is to."""
+        c = self.c
+        self.lr.fill_(get_lr(step, c))
+        # a smaller decay in the first steps
+        self.ema_weight.fill_(1 - min(c.ema, (1 + step) / (10 + step)))
+        self.loss.zero_()
+        for i in range(RANK, c.grad_accum, WORLD_SIZE):
+            reseed(c.seed, step, i)
+            self.run(self.micro_batch)
+        if WORLD_SIZE > 1:
+            stop = self.all_reduce(stop)
+        self.run(self.update)
+        return self.loss.clone(), stop
+
+    def micro_batch(self):
+        """Add the gradients and the loss of one micro-batch."""
+        loss = self.method(self.data.batch(self.c.batch_size)) / self.c.grad_accum
+        self.scaler.scale(loss).backward()
+        self.loss += loss.detach()
+
+    def update(self):
+        """Clip the gradients, update the weights, then their average."""
+        # clip; after an fp16 overflow the norm, and so every gradient, becomes NaN
+        params = list(self.method.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in params])
+        norm = torch.where(norm.isfinite(), norm, math.nan)
+        norm = norm / self.scaler.scale(torch.ones_like(norm))
+        nn.utils.clip_grads_with_norm_(params, self.c.grad_clip or math.inf, norm)
+
+        # both optimizers skip a step whose gradients are NaN
+        for opt in self.opts:
+            for group in opt.param_groups:
+                group["lr"] = self.lr
+            self.scaler.unscale_(opt)
+            self.scaler.step(opt)
+        self.scaler.update()
+        self.zero_grad()
+
+        # ema <- ema + weight (method - ema)
+        with torch.no_grad():
+            averages = list(self.ema.parameters())
+            difference = torch._foreach_sub(params, averages)
+            torch._foreach_mul_(difference, self.ema_weight)
+            torch._foreach_add_(averages, difference)
+
+    def zero_grad(self):
+        """Of several micro-batches or processes, gradients are added to tensors that stay."""
+        self.method.zero_grad(set_to_none=self.c.grad_accum == 1)
+
+    def all_reduce(self, stop):
+        """Sum gradients, loss and the wish to stop over all processes, in one message."""
+        grads = [p.grad for p in self.method.parameters()]
+        flags = torch.stack([self.loss, torch.full_like(self.loss, stop)])
+        flat = torch.cat([nn.utils.parameters_to_vector(grads), flags])
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError:
+            raise SystemExit("another process has ended, so this one does") from None
+        nn.utils.vector_to_parameters(flat[:-2], grads)
+        self.loss.copy_(flat[-2])
+        return flat[-1]
+
+    def compile(self):
+        """Compile the loss in place and record the step, or go on without where that fails (no C++
+        compiler, a method that waits for the GPU)."""
+        # so that resuming is exact: a compiled gradient of an embedding sums in any order
+        torch.use_deterministic_algorithms(DEVICE == "cpu")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        try:
+            self.method.compile(dynamic=False)
+            self.micro_batch()
+        except Exception as error:
+            self.method._compiled_call_impl = None
+            say_without("torch.compile", error)
+        self.zero_grad()
+        if CUDA_GRAPHS:
+            self.record()
+
+    def record(self):
+        try:
+            self.run = Replay(self.micro_batch, self.update)
+        except RuntimeError as error:
+            say_without("CUDA graphs", error)
+        self.zero_grad()
+
+
+class Replay:
+    """Records what functions without arguments do on the GPU; a call then replays one of them. The
+    host launches a graph, where it would launch a thousand kernels."""
+
+    def __init__(self, *functions):
+        self.graphs = {}
+        for f in functions:
+            self.graphs[f] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[f]):
+                f()
+
+    def __call__(self, f):
+        self.graphs[f].replay()
+
+
+def call(f):
+    f()
+
+
+def say_without(what, error):
+    print0(f"going on without {what}, which failed here: {type(error).__name__}: "
+           f"{first_line(error)}")
