@@ -34,8 +34,10 @@ elif DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported():
     AMP = torch.bfloat16                        # 4 times as fast as fp32
 
 
-# record a training step as CUDA graphs once it is compiled
+# record a training step as CUDA graphs once it is compiled; a kernel that sums over rows and over
+# columns at once took 0.36 ms where two take 0.06 (docs/speed.md)
 CUDA_GRAPHS = GPU
+os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 
 
 def autocast():

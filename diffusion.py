@@ -61,7 +61,7 @@ class MaskedDiffusion(nn.Module):
         """Cut t into B equal strata and draw one mask rate uniformly between m at the borders of
         each -> rates (B,), importance weights (B,): B times the width of the stratum."""
         borders = mask_rate(self.schedule, torch.linspace(0, 1, B + 1, device=device))
-        borders[-1] = 1                                                # undo the clip
+        borders[-1:].fill_(1)                                          # undo the clip
         width = borders.diff()
         rate = borders[:-1] + width * torch.rand(B, device=device)
         return rate, B * width

@@ -150,7 +150,7 @@ def fit(method, data, c, meta, show_sample, state=None):
             continue
         mean_loss = progress.loss_sum.item() / progress.loss_count
         bar.set_postfix_str(f"loss {mean_loss:.3f}")
-        finite = math.isfinite(mean_loss) and all(p.isfinite().all() for p in method.parameters())
+        finite = math.isfinite(mean_loss) and nn.utils.get_total_norm(method.parameters()).isfinite()
         check(finite, f"the loss, {mean_loss:.3g}, or a weight is no number at step "
               f"{progress.step}: try a lower --learning_rate; what is saved is good")
 

@@ -161,9 +161,8 @@ def infilling_table(method, data, s, kept, key):
 
 def written_row(method, data, scorer, n, how):
     """What n texts are like that the sampler how wrote. -> numbers and pairs, for a row"""
-    nothing_known = torch.zeros(n, data.T, dtype=torch.bool)
-    x, _, _ = fill(method, torch.zeros(n, data.T, dtype=torch.long), nothing_known, how)
-    x = x.to(DEVICE)
+    x = torch.zeros(n, data.T, dtype=torch.long, device=DEVICE)
+    x, _, _ = fill(method, x, torch.zeros_like(x, dtype=torch.bool), how)
     own = nats_per_char(method, x, how)
     scored = torch.cat([scorer.method.bound(batch)[0] for batch in x.split(128)]).double().cpu()
     m = text_metrics([data.tokenizer.decode(ids) for ids in x.tolist()], *training_text(data))

@@ -1,12 +1,12 @@
 """The device the project is written for: fp16, its scaler, the compiler, no waiting. Collected by
 `pytest tests/test_cuda.py` alone, where there is a CUDA device."""
-import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TINY, end, read_log, read_state, start, tensors, training_step
 
+import config
 import mnist_ddpm
 import train
 from config import DEVICE, Mnist, Sample
@@ -39,7 +39,7 @@ def test_gradients_in_fp16_are_those_in_fp32(monkeypatch, name):
     gradients = []
     for precision in ("fp16", "fp32"):
         if precision == "fp32":
-            monkeypatch.setattr("model.autocast", contextlib.nullcontext)
+            monkeypatch.setattr(config, "AMP", torch.float32)
         train_step = on_device(name)
         reseed(1)
         train_step.micro_batch()
@@ -53,7 +53,7 @@ def test_gradients_in_fp16_are_those_in_fp32(monkeypatch, name):
 @pytest.mark.parametrize("name", ["masked", "ar", "bits", "embed", "pixels"])
 def test_fifty_steps_in_fp16_are_fifty_in_fp32(monkeypatch, name):
     ours = losses(on_device(name), 50)
-    monkeypatch.setattr("model.autocast", contextlib.nullcontext)
+    monkeypatch.setattr(config, "AMP", torch.float32)
     exact = losses(on_device(name), 50)
     assert (ours[-10:].mean() / exact[-10:].mean() - 1).abs() < 0.01
 
@@ -148,6 +148,9 @@ def test_a_run_that_is_resumed_says_how_far_it_is_from_one_that_was_not(corpus, 
     print("resumed: bounds", bounds, "weights differ by", (weights[0] - weights[1]).norm() /
           weights[0].norm())
     assert bounds[0] == pytest.approx(bounds[1], rel=0.1)
+    code, out = end(start("-m", "evaluation", f"--out={tmp_path}/straight", "--n=2", "--exact=2"))
+    assert code == 0, out
+    print(out)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -159,7 +162,7 @@ def test_it_evaluates(monkeypatch, name):
     if train_step.data.is_images:
         x0, _ = x0
     ours = train.evaluate(method, x0, 2)["bound"]
-    monkeypatch.setattr("model.autocast", contextlib.nullcontext)
+    monkeypatch.setattr(config, "AMP", torch.float32)
     assert ours == pytest.approx(train.evaluate(method, x0, 2)["bound"], rel=0.01)
 
 

@@ -18,7 +18,8 @@ from gaussian import TokenDiffusion
 from step import Muon, reseed
 
 V = 20
-TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4, warmup_iters=0)
+TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4, warmup_iters=0,
+            dropout=0.0)
 METHODS = {
     "masked": (train, Masked(**TINY)),
     "elbo": (train, Masked(**TINY, loss="elbo", schedule="cosine", time=True)),
