@@ -16,7 +16,8 @@ from data import Text
 from gaussian import TokenDiffusion
 from generate import lay_out, open_model, parse_prompt, show_texts, write
 from model import Transformer
-from train import fit_text, reseed
+from step import reseed
+from train import fit_text
 
 SETTINGS = Bits
 SAMPLER = CodeSampler

@@ -26,7 +26,8 @@ from gaussian import TokenDiffusion, alpha_sigma, q_sample, stratified_times, x0
 from generate import lay_out, open_model, parse_prompt, show_texts, unescape, write
 from model import Transformer
 from train import build as build_ar
-from train import fit_text, reseed
+from step import reseed
+from train import fit_text
 
 SETTINGS = Embed
 SAMPLER = EmbedSampler

@@ -288,8 +288,8 @@ class TokenDiffusion(GaussianDiffusion):
 
     @torch.no_grad()
     def half_of_x_prev(self, z, gamma, cond, parity):
-        """xhat (B, T, K) of a first pass in rows 0, 2, ... if parity () is 0, else in rows 1, 3, ...
-        The others have 0. The shapes are the same in every batch."""
+        """xhat (B, T, K) of a first pass in every second row, from row parity (), 0 or 1, on; 0 in
+        the others. The shapes are the same in every batch."""
         B = len(z)
         rows = torch.arange(0, B, 2, device=z.device) + parity
         exists = rows < B                                  # in an odd batch the last may not

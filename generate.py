@@ -20,7 +20,8 @@ from tqdm import tqdm
 from checkpoint import find_checkpoint, load
 from config import COLOR, DEVICE, GPU, Masked, Sample, check, parse, run
 from data import CharTokenizer, clean
-from train import build, reseed
+from step import reseed
+from train import build
 
 MAX_EVIDENCE = 32      # characters after a blank by which its length is chosen
 N_ORDERS = 4           # orders in which they are scored
@@ -203,7 +204,7 @@ def open_model(out, name, settings, build, methods):
 
 
 class Recorded(nn.Module):
-    """A network as a CUDA graph for each shape of its inputs: the host launches one graph a call."""
+    """A network as a CUDA graph for each shape of its inputs: a call is one launch."""
 
     def __init__(self, net):
         super().__init__()

@@ -25,7 +25,8 @@ from config import DEVICE, HERE, MNIST_RECIPES, ImageSampler, Mnist, check, pars
 from data import find, unzip
 from gaussian import GaussianDiffusion, TokenDiffusion
 from model import Transformer
-from train import fit, reseed
+from step import reseed
+from train import fit
 
 SETTINGS = Mnist
 SAMPLER = ImageSampler

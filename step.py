@@ -13,13 +13,6 @@ from torch import nn
 from config import AMP, CUDA_GRAPHS, DEVICE, GPU, RANK, WORLD_SIZE, first_line, print0
 
 
-def reseed(*key):
-    """Seed torch with a tuple of integers. Micro-batch i of a step has a seed of its own, so that
-    resuming is exact without a saved RNG state, evaluation changes nothing, and it does not
-    matter which process takes which micro-batch."""
-    torch.manual_seed(int(SeedSequence(key).generate_state(1)[0]))
-
-
 def get_lr(step, c):
     """Linear warm-up, constant, and over the second half a linear decay to zero."""
     warmup = (step + 1) / (c.warmup_iters + 1)
@@ -202,19 +195,30 @@ class TrainingStep:
         self.zero_grad()
 
 
+# -------------------------------------------------------------------------------------------------
+# seeds, graphs
+
+def reseed(*key):
+    """Seed torch with a tuple of integers. Micro-batch i of a step has a seed of its own, so that
+    resuming is exact without a saved RNG state, evaluation changes nothing, and it does not
+    matter which process takes which micro-batch."""
+    torch.manual_seed(int(SeedSequence(key).generate_state(1)[0]))
+
+
 class Replay:
     """Records what functions without arguments do on the GPU; a call then replays one of them. The
     host launches a graph, where it would launch a thousand kernels."""
 
     def __init__(self, *functions):
-        self.graphs = {}
+        self.graphs = {}         # by name: a reference to f would keep the graphs until a late GC
         for f in functions:
-            self.graphs[f] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[f]):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 f()
+            self.graphs[f.__name__] = graph
 
     def __call__(self, f):
-        self.graphs[f].replay()
+        self.graphs[f.__name__].replay()
 
 
 def call(f):

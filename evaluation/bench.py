@@ -2,29 +2,31 @@
 
     python -m evaluation.bench
     python -m evaluation.bench --n_layer=8
+    python -m evaluation.bench --gpu          # the parts of a step, its kernels, sampling
 
-Times are midhinges, the mean of the two quartiles, ± half of their distance: a median would jump,
-since bits and embeddings take a further pass in every other step. The networks take their steps in
-turn, so that a busy machine slows all alike. The share of the peak is against a large matrix
-product in the same precision, in the same round.
+Times are midhinges, the mean of the two quartiles, ± half of their distance. The networks take
+their steps in turn, so that a busy machine slows all alike. The share of the peak is against a
+large matrix product in the same precision, in the same round.
 """
 import copy
 import operator
 import statistics
 import time
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import analog_bits
 import config
 import embed_diffusion
 import train
 from config import AMP, DEVICE, GPU, Bits, CodeSampler, Config, Embed, EmbedSampler, Masked, Sample
-from config import parse, run
+from config import check, parse, run
 from evaluation.report import Table, stamp
-from step import TrainingStep
+from generate import Recorded
+from step import TrainingStep, call
 
 V = 65                     # of random text, which costs nothing to read
 META = {"alphabet": "".join(map(chr, range(32, 32 + V)))}
@@ -36,6 +38,11 @@ VARIANTS = {               # of masked diffusion and its baseline: precision, wh
     "fp32": (torch.float32, {}),
     PLAIN: (torch.float32, {"compile": False, "optimizer": "adamw"}),
 }
+
+
+@dataclass(frozen=True)
+class Bench(Masked):   # python -m evaluation.bench
+    gpu: bool = False              # the parts of a step and its kernels, on a GPU
 
 
 def text_models(c):
@@ -160,11 +167,96 @@ def sampling(c, n=8, rounds=5):
         table.add(title, n_calls, (1e3 * mid / n_calls, 1e3 * spread / n_calls), n * T / mid)
 
 
+# -------------------------------------------------------------------------------------------------
+# on a GPU
+
+def milliseconds(f, calls=8, rounds=5):
+    """Of a call of f(i): the median of a few rounds of several calls, the least, the greatest."""
+    def several():
+        for i in range(calls):
+            f(i)
+
+    several()
+    times = [1e3 * timed(several) / calls for _ in range(rounds)]
+    return statistics.median(times), min(times), max(times)
+
+
+def gpu_step(c):
+    """Print what the parts of a training step take, and the kernels of a step by their time."""
+    trained = Trained(train, c, AMP)
+    step = trained.train_step
+    table = Table("a training step", {"part": 0, "ms": 2, "least": 2, "greatest": 2})
+    table.add("eager", *milliseconds(step))
+    compile_seconds = timed(step.compile)
+    whole = milliseconds(step)
+    table.add("as trained: compiled, recorded as CUDA graphs", *whole)
+    replay = step.run
+    step.run = call
+    table.add("compiled, not recorded", *milliseconds(step))
+    parts = {
+        "forward and backward, recorded": lambda _: replay(step.micro_batch),
+        "update, recorded": lambda _: replay(step.update),
+        "batch": lambda _: trained.batch(c.batch_size),
+        "forward and backward": lambda _: step.micro_batch(),
+        "clip": lambda _: nn.utils.clip_grad_norm_(step.method.parameters(), 1.0),
+    }
+    for opt in step.opts:
+        parts[type(opt).__name__] = lambda _, opt=opt: opt.step()
+    for title, part in parts.items():
+        table.add(title, *milliseconds(part))
+    step.run = replay
+
+    n = 8192
+    square = torch.randn(n, n, device=DEVICE).to(AMP)
+    peak = 2 * n ** 3 / milliseconds(lambda _: square @ square)[0] * 1e3
+    share = trained.flops() / whole[0] * 1e3 / peak
+    n_chars = c.batch_size * c.grad_accum * c.block_size
+    print(f"\ncompiled in {compile_seconds:.0f} s; {n_chars / whole[0] * 1e3:,.0f} characters/s; "
+          f"{share:.1%} of the {peak / 1e12:.0f} TFLOP/s of a matrix product of {n}; "
+          f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
+    profiled(step)
+
+
+def profiled(step, n_steps=5):
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for i in range(n_steps):
+            step(i)
+        torch.cuda.synchronize()
+    kernels = seen.key_averages()
+    busy = sum(kernel.self_device_time_total for kernel in kernels) / n_steps / 1e3
+    n = sum(kernel.count for kernel in kernels) / n_steps
+    print(f"the GPU is busy for {busy:.2f} ms a step, with {n:.0f} kernels")
+    table = Table("kernels of a step", {"kernel": 0, "times": 0, "ms": 3})
+    slowest = sorted(kernels, key=operator.attrgetter("self_device_time_total"), reverse=True)
+    for kernel in slowest[:30]:
+        milliseconds_a_step = kernel.self_device_time_total / n_steps / 1e3
+        table.add(kernel.key[:90], kernel.count / n_steps, milliseconds_a_step)
+
+
+@torch.no_grad()
+def gpu_sampling(c):
+    method = train.build(c, META).to(DEVICE).eval()
+    method.net = Recorded(method.net)
+    how = Sample(steps=c.block_size, remask=0.0)
+    table = Table("sampling", {"texts": 0, "calls/s": 0, "characters/s": 0})
+    for n in (1, 64):
+        x = torch.zeros(n, c.block_size, dtype=torch.long, device=DEVICE)
+        nothing_known = torch.zeros_like(x, dtype=torch.bool)
+        times = [timed(list, method.sample(x, nothing_known, how)) for _ in range(4)]
+        middle = statistics.median(times[1:])
+        table.add(n, c.block_size / middle, n * c.block_size / middle)
+
+
 def main(argv):
-    c = Masked(**parse(argv, Masked))
+    c = Bench(**parse(argv, Bench))
+    check(GPU or not c.gpu, "no CUDA device here: without --gpu this measures a CPU")
     print(stamp())
-    training(c)
-    sampling(c)
+    if c.gpu:
+        gpu_step(c)
+        gpu_sampling(c)
+    else:
+        training(c)
+        sampling(c)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from evaluation.likelihood import (FIFTH_COLUMNS, Evaluate, corpus, cross_entrop
                                    open_checkpoint, spaced_rows, unigram_of)
 from evaluation.report import Table
 from gaussian import TokenDiffusion
-from train import reseed
+from step import reseed
 
 
 def entropy_bits(x):

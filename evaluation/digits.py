@@ -18,7 +18,7 @@ from config import AMP, DEVICE, HERE, autocast
 from evaluation.report import Table
 from evaluation.samples import mean, sampler_settings
 from mnist_ddpm import sample_batches, to_bytes
-from train import reseed
+from step import reseed
 
 DIGIT_COLUMNS = {
     "digits": 0, "n": 0, "read as asked": 3, "Frechet distance": 3, "times the floor": 1,

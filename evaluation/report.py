@@ -15,7 +15,8 @@ import torch
 import config
 from config import DEVICE, GPU, HERE
 from mnist_ddpm import sample_images, to_bytes
-from train import reseed, spaced_rows
+from step import reseed
+from train import spaced_rows
 
 N_FRAMES = 65    # of a text as it is written, the first with nothing there
 MARKER = "/*DATA*/null"

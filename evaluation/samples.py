@@ -17,7 +17,7 @@ from diffusion import Autoregressive, MaskedDiffusion
 from evaluation.likelihood import corpus, open_checkpoint, spaced_rows
 from evaluation.report import Table
 from gaussian import TokenDiffusion
-from train import reseed
+from step import reseed
 
 SPAN = 16    # characters of a held-out block that are infilled, in its middle
 SAMPLE_COLUMNS = {

@@ -23,7 +23,8 @@ from evaluation.report import Table, stamp
 from evaluation.samples import SAMPLE_COLUMNS, eval_model, sample_row
 from experiments.samplers import combinations
 from generate import lay_out
-from train import reseed, spaced_rows
+from step import reseed
+from train import spaced_rows
 
 COLUMNS = SAMPLE_COLUMNS | {"texts that have it": 3, "allowed characters": 3}
 

@@ -22,7 +22,8 @@ from config import DEVICE, HERE, Sample, Settings, check, parse, run
 from evaluation.likelihood import corpus, likelihood, mean_and_stderr, open_checkpoint
 from evaluation.report import Table, stamp
 from evaluation.samples import eval_model, fill, text_metrics, training_text
-from train import reseed, spaced_rows
+from step import reseed
+from train import spaced_rows
 
 CALLS = (8, 16, 32, 43, 64)
 ORDERS = ("left", "random", "confidence", "margin", "entropy")
@@ -43,8 +44,9 @@ class Samplers(Settings):   # python -m experiments.sampler_nll
     seed: int = 1337
 
     def __post_init__(self):
-        check(self.windows >= 2 and self.n >= 0 and self.n != 1, "windows, or n if not 0, must be 2 "
-              "or more, for the sake of a standard error")
+        # fewer have no standard error
+        check(self.windows >= 2, f"windows={self.windows} must be 2 or more")
+        check(self.n >= 2 or self.n == 0, f"n={self.n} must be 0, or 2 or more")
 
 
 def vary(**change):
@@ -89,7 +91,8 @@ def nats_per_char(method, x, how, known=None):
 
 def ar_nats_per_char(ar, x, known):
     """The same by the baseline, which reads what stands to the left alone."""
-    nats = [F.cross_entropy(ar.logits(batch).mT, batch, reduction="none") for batch in x.split(BATCH)]
+    nats = [F.cross_entropy(ar.logits(batch).mT, batch, reduction="none")
+            for batch in x.split(BATCH)]
     return torch.cat(nats).double().cpu()[:, ~known].mean(1)
 
 
@@ -146,8 +149,8 @@ def infilling_table(method, data, s, kept, key):
     x = spaced_rows(data.val, s.windows).long()
     ar = eval_model(s)
     columns = {order: 4 for order in ORDERS}
-    table = Table(f"-log p of a part of {len(x)} held-out windows given the rest, nats a character; "
-                  f"the baseline, {ar.path}, reads the left side alone",
+    table = Table(f"-log p of a part of {len(x)} held-out windows given the rest, nats a character;"
+                  f" the baseline, {ar.path}, reads the left side alone",
                   {"part": 0, **columns, "baseline": 4, "baseline - margin": 4})
     for title, known in spans(data.T).items():
         nats = []
@@ -166,8 +169,9 @@ def written_row(method, data, scorer, n, how):
     own = nats_per_char(method, x, how)
     scored = torch.cat([scorer.method.bound(batch)[0] for batch in x.split(128)]).double().cpu()
     m = text_metrics([data.tokenizer.decode(ids) for ids in x.tolist()], *training_text(data))
-    return [mean_and_stderr(scored), mean_and_stderr(own), mean_and_stderr(scored - own),
-            m["entropy"], m["words"]]
+    # texts are independent, unlike windows
+    pairs = [(x.mean().item(), (x.std() / n ** 0.5).item()) for x in (scored, own, scored - own)]
+    return [*pairs, m["entropy"], m["words"]]
 
 
 def written_table(method, data, s, kept, key):

@@ -20,7 +20,8 @@ from diffusion import per_row_noise, sample_tokens, token_log_probs
 from gaussian import prompt_mask, stratified_times
 from generate import lay_out, open_model, parse_prompt, show_texts, write
 from model import Transformer
-from train import fit_text, reseed
+from step import reseed
+from train import fit_text
 
 
 @dataclass(frozen=True)

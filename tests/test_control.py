@@ -14,7 +14,7 @@ from config import EmbedSampler
 from data import CharTokenizer
 from embed_diffusion import build, steer_mask, write_controlled
 from gaussian import alpha_sigma
-from train import reseed
+from step import reseed
 
 ABCDEFGH = CharTokenizer("abcdefgh")
 NOTHING = torch.zeros(12, dtype=torch.bool)

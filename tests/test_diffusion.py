@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import config
 import diffusion
 import generate
 import model
@@ -100,8 +101,7 @@ def small(**k):
 
 @pytest.fixture
 def fp32(monkeypatch):
-    monkeypatch.setattr(model, "AMP", torch.float32)
-    monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(config, "AMP", torch.float32)
 
 
 # ---- losses and bounds

@@ -17,7 +17,7 @@ from config import EMBED_RECIPES, LADDER, Embed, EmbedSampler, parse
 from data import CharTokenizer
 from embed_diffusion import build, principal_rows, read_table
 from gaussian import alpha_sigma
-from train import reseed
+from step import reseed
 
 KEY = "parametrizations.table.original"                    # of a table of unit rows, in state dicts
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import analog_bits
+import config
 import embed_diffusion
-import model
 import train
 from config import Bits, CodeSampler, Embed, Masked, Sample
 from data import Text
@@ -52,8 +52,7 @@ def checkpoint_of(method, c=None, name="masked"):
 
 @pytest.fixture
 def fp32(monkeypatch):
-    monkeypatch.setattr(model, "AMP", torch.float32)
-    monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(config, "AMP", torch.float32)
 
 
 # train.evaluate
@@ -96,7 +95,7 @@ def test_masked_ce_is_total_over_number():
 @pytest.mark.parametrize("kind", [MaskedDiffusion, Autoregressive])
 @pytest.mark.parametrize("sticky", [False, True])
 def test_standard_error_covers_the_truth(kind, sticky):
-    """300 fresh texts of a known source: the truth lies within 1.96 stderr about 95% of the time,
+    """300 fresh texts of a known source: the truth lies within 2 stderr about 95% of the time,
     also when neighbouring windows are alike: a source that switches every 60 characters or so
     between an easy and a hard mood, scored by the mean distribution. An error taken from single
     windows fails the second."""
@@ -117,8 +116,26 @@ def test_standard_error_covers_the_truth(kind, sticky):
         else:
             text = torch.multinomial(p.expand(W, -1), T, replacement=True)
         e = train.evaluate(method, text, 1, 1000)
-        covered += abs(e["bound"] - truth) < 1.96 * e["stderr"]
+        covered += abs(e["bound"] - truth) < 2 * e["stderr"]
     assert 0.90 <= covered / 300 <= 0.98
+
+
+@pytest.mark.parametrize("n", [871, 100])
+def test_standard_error_covers_the_truth_where_plays_differ(n):
+    """Windows as alike as those of tiny Shakespeare under the AR baseline, 0.52 at lag 1, 0.16 at
+    lag 60: white noise and two memories. All 871, or 100 spaced evenly."""
+    torch.manual_seed(0)
+    texts = 0.42 ** 0.5 * torch.randn(2000, 871, dtype=torch.float64)
+    for variance, phi in ((0.28, 0.8), (0.30, 0.99)):
+        x = torch.randn(2000, dtype=torch.float64)
+        for i in range(871):
+            texts[:, i] += variance ** 0.5 * x
+            x = phi * x + (1 - phi ** 2) ** 0.5 * torch.randn(2000, dtype=torch.float64)
+    covered = 0
+    for text in texts:
+        windows = train.spaced_rows(text, n)
+        covered += abs(windows.mean().item()) < 2 * train.block_stderr(windows)
+    assert 0.90 <= covered / 2000 <= 0.97
 
 
 def test_an_evaluation_in_training_takes_at_most_a_twentieth_of_its_time():

@@ -27,13 +27,14 @@ DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob
         if path.name not in OF_OLD}
 PAGES = "\n".join([README, *DOCS.values()])
 
-CORE = {"config", "diffusion", "gaussian", "model", "data", "checkpoint", "train", "generate"}
+CORE = {"config", "diffusion", "gaussian", "model", "data", "checkpoint", "step", "train",
+        "generate"}
 ARROWS = {
     "config": set(), "diffusion": set(), "gaussian": {"diffusion"},
     "model": {"config"}, "data": {"config"}, "checkpoint": {"config"},
-    "optimizer": set(),
-    "train": {"config", "model", "data", "diffusion", "checkpoint", "optimizer"},
-    "generate": {"config", "data", "train", "checkpoint"},
+    "step": {"config"},
+    "train": {"config", "model", "data", "diffusion", "checkpoint", "step"},
+    "generate": {"config", "data", "step", "train", "checkpoint"},
     "analog_bits": CORE, "embed_diffusion": CORE, "mnist_ddpm": CORE,
 }
 SCRIPTS = {
@@ -45,8 +46,9 @@ SCRIPTS = {
 REPEATED = {"build", "main", "sample", "SETTINGS", "SAMPLER"}     # every script has its own
 SET_FROM_OUTSIDE = {      # rows and counts that data fill, and what torch offers no function for
     "embed_diffusion.py: method.table", "embed_diffusion.py: method.bigrams",
-    "train.py: method._compiled_call_impl",
-    "train.py: torch.utils.deterministic.fill_uninitialized_memory",
+    "step.py: method._compiled_call_impl", "generate.py: method.net", "evaluation/bench.py: method.net",
+    "evaluation/bench.py: step.run",
+    "step.py: torch.utils.deterministic.fill_uninitialized_memory",
     "experiments/golden.py: config.AMP", "evaluation/bench.py: config.AMP",
     "experiments/sampler_nll.py: config.AMP",
 }
@@ -96,15 +98,18 @@ def test_arrows_and_three_packages():
         assert not name.startswith("evaluation/") or "experiments" not in imports(name), name
 
 
+EVENING = ("model.py", "diffusion.py", "step.py", "train.py")
+
+
 def evening():
-    """Lines of model.py, diffusion.py and train.py above their ruled lines."""
-    above = [SOURCES[name].split("\n# ---")[0] for name in ("model.py", "diffusion.py", "train.py")]
+    """Lines of these files above their ruled lines."""
+    above = [SOURCES[name].split("\n# ---")[0] for name in EVENING]
     return sum(len(text.splitlines()) for text in above)
 
 
 def test_the_top_level_is_an_evening():
-    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3345
-    assert evening() <= 770
+    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3440
+    assert evening() <= 860
 
 
 # -------------------------------------------------------------------------------------------------

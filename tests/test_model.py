@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import config
 import model
 from config import Masked
 from model import Transformer
@@ -13,8 +14,7 @@ from model import Transformer
 
 @pytest.fixture
 def fp32(monkeypatch):
-    monkeypatch.setattr(model, "AMP", torch.float32)
-    monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(config, "AMP", torch.float32)
 
 
 def net(embed=None, causal=False, std=0.3, **k):

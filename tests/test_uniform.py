@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from experiments.uniform import UniformDiffusion, UniformSampler, alpha, posterior
-from train import evaluate, reseed
+from step import reseed
+from train import evaluate
 
 V = 3
 T = 3
