@@ -37,6 +37,9 @@ CORPORA = {   # name: (file, addresses, its sha256 or else its size in bytes)
 }
 
 
+PIECE = 2 ** 22      # characters of a large text that are read, encoded, ... at a time
+
+
 class CharTokenizer:
     """Text to ids and back, one character an id. id V = len(chars) is MASK, shown as a dot.
     With is_bytes a character is a byte of the text's UTF-8."""
@@ -44,22 +47,28 @@ class CharTokenizer:
     def __init__(self, chars, is_bytes=False):
         self.chars = chars
         self.is_bytes = is_bytes
-        self.ids = np.full(0x110000, -1)           # of every code point; -1: not in the alphabet
-        self.ids[[ord(ch) for ch in chars]] = np.arange(len(chars))
+        # the id of every code point; V: not in the alphabet
+        V = len(chars)
+        dtype = np.uint8 if V < 256 else np.int16
+        self.ids = np.full(0x110000, V, dtype)
+        self.ids[[ord(ch) for ch in chars]] = np.arange(V)
 
     def __len__(self):
         return len(self.chars)
 
     def encode(self, text):
-        """str -> np.int64 (len,)"""
+        """str -> ids (len,), a byte each if there are less than 256 characters, else two."""
         if self.is_bytes:
             text = as_bytes(text)
-        ids = self.ids[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
-        if (ids < 0).any():
-            unknown = text[ids.argmin()]
-            more = "..." if len(self) > 80 else ""
-            raise SystemExit(f"the model has never seen {unknown!r} (U+{ord(unknown):04X}), only "
-                             f"{self.chars[:80]!r}{more}")
+        ids = np.empty(len(text), self.ids.dtype)
+        for start, piece in pieces(text):
+            found = self.ids[code_points(piece)]
+            ids[start:start + len(piece)] = found
+            if (found == len(self)).any():
+                unknown = piece[(found == len(self)).argmax()]
+                more = "..." if len(self) > 80 else ""
+                raise SystemExit(f"the model has never seen {unknown!r} (U+{ord(unknown):04X}), "
+                                 f"only {self.chars[:80]!r}{more}")
         return ids
 
     def decode(self, ids):
@@ -100,7 +109,9 @@ def printable(text):
 def clean(text):
     """Text in which a line ends with \\n alone, without byte order marks: what every corpus, prompt
     and table goes through."""
-    return re.sub(r"\r+\n|\r", "\n", text).replace("\ufeff", "")
+    if "\r" in text:
+        text = re.sub(r"\r+\n|\r", "\n", text)
+    return text.replace("\ufeff", "")
 
 
 def as_bytes(text):
@@ -108,19 +119,45 @@ def as_bytes(text):
     return text.encode("utf-8", "surrogateescape").decode("latin-1")
 
 
+def pieces(text):
+    """(start, piece) of a text, so that a large one is not copied at once."""
+    for start in range(0, len(text), PIECE):
+        yield start, text[start:start + PIECE]
+
+
+def code_points(text):
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def alphabet(text):
+    """The different characters of a text, in the order of their code points."""
+    seen = np.zeros(0x110000, bool)
+    for _, piece in pieces(text):
+        seen[code_points(piece)] = True
+    return "".join(map(chr, seen.nonzero()[0]))
+
+
+def sha256_of(text):
+    digest = hashlib.sha256()
+    for _, piece in pieces(text):
+        digest.update(piece.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 class Text:
     """A corpus on the device: .batch(n) for training, .val (W, T) for the bound."""
 
     def __init__(self, c, is_bytes=False):
         text, self.name = load_text(c.dataset, Path(c.data_dir or HERE / "data"))
-        sha256 = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+        sha256 = sha256_of(text)
         is_bytes = is_bytes or self.name == "enwik8"
-        chars = as_bytes(text) if is_bytes else text
-        self.tokenizer = CharTokenizer("".join(sorted(set(chars))), is_bytes)
+        if is_bytes:
+            self.tokenizer = CharTokenizer(alphabet(as_bytes(text)), is_bytes)
+        else:
+            self.tokenizer = CharTokenizer(alphabet(text))
         V = len(self.tokenizer)
         check(2 <= V <= 30_000, f"{self.name} has {V:,} different characters, not 2 to 30,000")
-        dtype = np.uint8 if V < 256 else np.int16
-        ids = torch.from_numpy(self.tokenizer.encode(text).astype(dtype))
+        ids = torch.from_numpy(self.tokenizer.encode(text))
 
         # the last tenth is held out, of text8 and enwik8 the first half of it, as is usual
         n = int(0.9 * len(ids))
@@ -175,18 +212,28 @@ def load_text(name, folder):
         source = f"file {path.name}"
         check(path.is_file(), f"no text file {name!r}, and no corpus: {', '.join(CORPORA)}, pydoc, "
                               "auto; --dataset=PATH says where it is")
-    raw = path.read_bytes()
-    if name == "enwik8":
-        return raw.decode("utf-8", "surrogateescape"), source          # cut within a character
-    encoding = "utf-8"
-    if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        encoding = "utf-16"
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path} is not {encoding.upper()} text, see byte {error.start}") from None
+    if name == "enwik8":                                               # cut within a character
+        return path.read_bytes().decode("utf-8", "surrogateescape"), source
+    text = read_text(path)
     check("\0" not in text, f"{path} is not text: it has zero bytes")
     return clean(text), source
+
+
+def read_text(path):
+    """The text in a file, read in pieces: decoding all at once takes twice the memory."""
+    encoding = "utf-8"
+    with path.open("rb") as f:
+        if f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            encoding = "utf-16"
+    parts = []
+    with path.open(encoding=encoding, newline="") as f:
+        try:
+            while part := f.read(PIECE):
+                parts.append(part)
+        except UnicodeDecodeError as error:
+            byte = f.buffer.tell() - len(error.object) + error.start
+            raise SystemExit(f"{path} is not {encoding.upper()} text, see byte {byte}") from None
+    return "".join(parts)
 
 
 def find(path, urls, expected):

@@ -275,7 +275,7 @@ def steer_mask(steer, tokenizer, L):
 
     def mask_of(chars):
         mask = torch.zeros(len(tokenizer), dtype=torch.bool)
-        mask[torch.from_numpy(tokenizer.encode(chars))] = True
+        mask[tokenizer.encode(chars).tolist()] = True
         return mask
 
     kind, _, what = unescape(steer).partition(":")

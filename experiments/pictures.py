@@ -18,12 +18,12 @@ text { font: 13px system-ui, sans-serif; fill: #1f2328; white-space: pre }
 path { fill: none; stroke: currentColor; stroke-width: 2 }  .dashed { stroke-dasharray: 5 4 }
 .grid { stroke: #d1d9e0; stroke-width: 1 }  .cut { stroke: #ffffff; stroke-width: 3 }
 .blue { color: #0063a6 }  .orange { color: #b84a00 }  .green { color: #00795a }
-.pink { color: #a3487f }  rect.blue, text.label { fill: currentColor }
+.pink { color: #a3487f }  .grey { color: #59636e }  rect.blue, text.label { fill: currentColor }
 @media (prefers-color-scheme: dark) {
 text { fill: #e6edf3 }  .small { fill: #9198a1 }  .back { fill: #0d1117 }
 .grid { stroke: #3d444d }  .cut { stroke: #0d1117 }
 .blue { color: #58b3ef }  .orange { color: #f5a13c }  .green { color: #2fcb9b }
-.pink { color: #ef9fce } }
+.pink { color: #ef9fce }  .grey { color: #9198a1 } }
 </style>"""
 NLL = "generative NLL, nats/char"
 
@@ -179,6 +179,21 @@ def quality_by_calls():
                       [128, 64, 32, 16, 8], [2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5], lines, math.log)
 
 
+def likelihood_by_calls():
+    def points(order, distance):
+        row = f"order {order}, steps"
+        rows = [(128, f"{row} 128")]
+        rows += [(n, f"{row} {n}, min_distance {distance}") for n in (64, 43, 32, 16, 8)]
+        return [(n, *numbers("sampler_nll", first, "nats/char")) for n, first in rows]
+    lines = []
+    for order, colour in {**ORDERS, "left": "grey"}.items():
+        lines += [(order, colour, points(order, 0)), ("", f"{colour} dashed", points(order, 4))]
+    return line_chart("Exact likelihood against network calls", "network calls for 128 characters",
+                      "-log p of held-out text, nats a character: lower is better; dashed: "
+                      "min_distance 4", [128, 64, 32, 16, 8],
+                      [1.6, 1.8, 2, 2.2, 2.4, 2.6, 2.8, 3, 3.2], lines, math.log)
+
+
 def embedding_ladder():
     # the first row of a rung has the rounding that it was trained for
     measured = {row["rung"]: row for row in reversed(rows_of("ladder"))}
@@ -193,7 +208,7 @@ def embedding_ladder():
 
 
 PICTURES = {"training": bound_over_training, "noise": loss_by_noise, "calls": quality_by_calls,
-            "ladder": embedding_ladder}
+            "likelihood": likelihood_by_calls, "ladder": embedding_ladder}
 
 
 def main(argv):

@@ -46,8 +46,8 @@ SCRIPTS = {
 REPEATED = {"build", "main", "sample", "SETTINGS", "SAMPLER"}     # every script has its own
 SET_FROM_OUTSIDE = {      # rows and counts that data fill, and what torch offers no function for
     "embed_diffusion.py: method.table", "embed_diffusion.py: method.bigrams",
-    "step.py: method._compiled_call_impl", "generate.py: method.net", "evaluation/bench.py: method.net",
-    "evaluation/bench.py: step.run",
+    "step.py: method._compiled_call_impl", "generate.py: method.net",
+    "evaluation/bench.py: method.net", "evaluation/bench.py: step.run",
     "step.py: torch.utils.deterministic.fill_uninitialized_memory",
     "experiments/golden.py: config.AMP", "evaluation/bench.py: config.AMP",
     "experiments/sampler_nll.py: config.AMP",
@@ -108,7 +108,7 @@ def evening():
 
 
 def test_the_top_level_is_an_evening():
-    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3440
+    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3490
     assert evening() <= 860
 
 
