@@ -52,7 +52,9 @@ class RunFolder:
         check(before["sha256"] == now["sha256"],
               f"this run was trained on {before['name']}, not on this {now['name']}")
         for name, part in parts.items():
-            if state[name]:                                # the scaler of a CPU has no state
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, state[name])
+            elif state[name]:                              # the scaler of a CPU has no state
                 part.load_state_dict(state[name])
 
     def save(self, name, state):
@@ -70,6 +72,14 @@ class RunFolder:
             part.unlink(missing_ok=True)
             raise SystemExit(f"cannot write {path}, what was saved is complete: "
                              f"{first_line(error)}") from None
+
+
+def load_optimizer(opt, state):
+    """Load an optimizer's state, but not its settings: --resume may change them, and the device."""
+    settings = [dict(group) for group in opt.param_groups]
+    opt.load_state_dict(state)
+    for group, own in zip(opt.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def claim_folder(typed, name):

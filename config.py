@@ -22,7 +22,7 @@ TERMINAL = sys.stdout is not None and sys.stdout.isatty()
 # colours, and a cursor that moves
 COLOR = TERMINAL and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
-# device: one line to change for "cpu", or "mps" (text only)
+# device: one line to change for "cpu", or "mps" (masked and AR models, which need no float64)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = DEVICE == "cuda"
 
@@ -34,9 +34,9 @@ elif DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported():
     AMP = torch.bfloat16                        # 4 times as fast as fp32
 
 
-# record a training step as CUDA graphs once it is compiled; a kernel that sums over rows and over
-# columns at once took 0.36 ms where two take 0.06 (docs/speed.md)
+# once it is compiled, a training step is recorded as CUDA graphs
 CUDA_GRAPHS = GPU
+# no kernels that sum over rows and columns at once: 0.36 ms, where two kernels take 0.06
 os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 
 

@@ -64,10 +64,11 @@ class CharTokenizer:
         for start, piece in pieces(text):
             found = self.ids[code_points(piece)]
             ids[start:start + len(piece)] = found
-            if (found == len(self)).any():
-                unknown = piece[(found == len(self)).argmax()]
+            unknown = found == len(self)
+            if unknown.any():
+                char = piece[unknown.argmax()]
                 more = "..." if len(self) > 80 else ""
-                raise SystemExit(f"the model has never seen {unknown!r} (U+{ord(unknown):04X}), "
+                raise SystemExit(f"the model has never seen {char!r} (U+{ord(char):04X}), "
                                  f"only {self.chars[:80]!r}{more}")
         return ids
 
@@ -220,20 +221,17 @@ def load_text(name, folder):
 
 
 def read_text(path):
-    """The text in a file, read in pieces: decoding all at once takes twice the memory."""
+    """The text in a file, UTF-8 or, by its first two bytes, UTF-16."""
     encoding = "utf-8"
     with path.open("rb") as f:
         if f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             encoding = "utf-16"
-    parts = []
     with path.open(encoding=encoding, newline="") as f:
         try:
-            while part := f.read(PIECE):
-                parts.append(part)
+            return f.read()
         except UnicodeDecodeError as error:
             byte = f.buffer.tell() - len(error.object) + error.start
             raise SystemExit(f"{path} is not {encoding.upper()} text, see byte {byte}") from None
-    return "".join(parts)
 
 
 def find(path, urls, expected):

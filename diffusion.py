@@ -167,7 +167,7 @@ class MaskedDiffusion(nn.Module):
             nats -= log_p.masked_fill(~revealed, 0).double().sum(1)
             x = torch.where(revealed, x0, x)
             if not (x == self.mask_id).any():
-                return nats
+                break
         return nats
 
     def least_confident(self, x, confidence, fixed, share):
@@ -322,6 +322,7 @@ def keep_apart(score, min_distance):
     """Reorder scores (B, T) so that the positions revealed first are > min_distance apart.
 
     Greedy: take the best, drop its neighbourhood, repeat; the others follow in their old order.
+    Of equals the leftmost comes first.
     Tokens revealed in one call are drawn independently, which hurts most between neighbours.
     Positions with score -inf are no candidates and stay -inf."""
     T = score.size(1)

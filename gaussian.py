@@ -272,7 +272,7 @@ class TokenDiffusion(GaussianDiffusion):
         # predict
         x_prev = None
         if self.self_cond:
-            x_prev = self.half_of_x_prev(z, gamma, cond, parity)
+            x_prev = self.half_of_x_prev(z, gamma, parity)
         logits = self.logits(z, gamma, cond, x_prev)
 
         # loss
@@ -287,16 +287,14 @@ class TokenDiffusion(GaussianDiffusion):
         return (weight * nats).sum().float() + self.regularizer(logits)
 
     @torch.no_grad()
-    def half_of_x_prev(self, z, gamma, cond, parity):
-        """xhat (B, T, K) of a first pass in every second row, from row parity (), 0 or 1, on; 0 in
-        the others. The shapes are the same in every batch."""
+    def half_of_x_prev(self, z, gamma, parity):
+        """Earlier predictions xhat (B, T, K) in rows parity, parity + 2, ..., parity () is 0 or 1;
+        zeros in the others. Half of the rows, so the shapes never change."""
         B = len(z)
         rows = torch.arange(0, B, 2, device=z.device) + parity
         exists = rows < B                                  # in an odd batch the last may not
         rows = rows.clamp(max=B - 1)
-        if cond is not None:
-            cond = cond[rows]
-        xhat, _ = self.predict_tokens(z[rows], gamma[rows], cond)
+        xhat, _ = self.predict_tokens(z[rows], gamma[rows])
         return torch.zeros_like(z).index_copy(0, rows, xhat * exists[:, None, None])
 
     def regularizer(self, logits):

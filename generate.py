@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import find_checkpoint, load
-from config import COLOR, DEVICE, GPU, Masked, Sample, check, parse, run
+from config import COLOR, CUDA_GRAPHS, DEVICE, Masked, Sample, check, parse, run
 from data import CharTokenizer, clean
 from step import reseed
 from train import build
@@ -196,7 +196,7 @@ def open_model(out, name, settings, build, methods):
     """The checkpoint to write with -> its method, settings, dict and tokenizer."""
     path = find_checkpoint(out, name)
     method, c, meta = load(path, settings, build, methods)
-    if GPU:
+    if CUDA_GRAPHS:
         method.net = Recorded(method.net)
     print(f"{path}: {meta['method']}, trained on {meta['data']['name']} for {meta['step']:,} steps",
           file=sys.stderr)
@@ -204,7 +204,8 @@ def open_model(out, name, settings, build, methods):
 
 
 class Recorded(nn.Module):
-    """A network as a CUDA graph for each shape of its inputs: a call is one launch."""
+    """The same network; a call without gradients or a cache replays a CUDA graph, one for each
+    shape of x and t."""
 
     def __init__(self, net):
         super().__init__()
@@ -217,7 +218,7 @@ class Recorded(nn.Module):
         key = x.shape, x.dtype, t.shape, t.dtype
         if key not in self.recorded:
             inputs = x.clone(), t.clone()
-            self.net(*inputs)                              # what is made at the first call
+            self.net(*inputs)              # libraries set themselves up, which is not recorded
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 out = self.net(*inputs)

@@ -7,7 +7,7 @@ import math
 
 import torch
 import torch.distributed as dist
-from numpy.random import SeedSequence     # here, for numpy imports it at its first use
+from numpy.random import SeedSequence     # at once: numpy imports it late, and Ctrl-C is lost
 from torch import nn
 
 from config import AMP, CUDA_GRAPHS, DEVICE, GPU, RANK, WORLD_SIZE, first_line, print0
@@ -40,11 +40,14 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), as torch.optim.Muon with
     adjust_lr_fn="match_rms_adamw"; but matrices of one shape go in one batch, a few kernels for all
     layers where torch has some twenty for each matrix."""
-    _step_supports_amp_scaling = True        # GradScaler asks for this, and sets found_inf:
-    found_inf = None                         # 1 after an fp16 overflow, else 0
+    # GradScaler then calls step after an overflow, too, with found_inf 1, else 0
+    _step_supports_amp_scaling = True
+    found_inf = None
 
-    def __init__(self, params, weight_decay, momentum=0.95):
-        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for p in params:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -57,9 +60,6 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, params, lr, weight_decay, momentum):
         """One step of matrices of one shape."""
-        for p in params:
-            if p not in self.state:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         average = torch.stack(buffers)                                 # (n, A, B)
         grad = torch.stack([p.grad for p in params])
@@ -75,8 +75,9 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_(buffers, list(average.unbind()))
 
 
-def build_optimizers(method, c):
-    """AdamW, or with optimizer=muon Muon for the matrices of the blocks and AdamW for the rest."""
+def build_optimizers(method, c, lr):
+    """AdamW, or with optimizer=muon Muon for the matrices of the blocks and AdamW for the rest; lr:
+    a tensor (), of both."""
     matrices = []
     rest = []
     for name, p in method.named_parameters():
@@ -85,10 +86,10 @@ def build_optimizers(method, c):
             matrices.append(p)
         else:
             rest.append(p)
-    opts = [torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=c.weight_decay, fused=True,
+    opts = [torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=c.weight_decay, fused=True,
                               capturable=GPU)]
     if matrices:
-        opts.append(Muon(matrices, c.weight_decay))
+        opts.append(Muon(matrices, lr, c.weight_decay))
     return opts
 
 
@@ -100,16 +101,17 @@ class TrainingStep:
         self.ema = ema
         self.data = data
         self.c = c
-        self.opts = build_optimizers(method, c)
-        self.scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
-        self.run = call
         self.loss = torch.zeros((), device=DEVICE)
         self.lr = torch.zeros((), device=DEVICE)
         self.ema_weight = torch.zeros((), device=DEVICE)
+        self.opts = build_optimizers(method, c, self.lr)
+        self.scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
+        self.run = call
+        self.to_record = False
 
     def __call__(self, step, stop=False):
         """-> the mean loss () over the micro-batches of all processes, and whether to stop: with
-        several processes a tensor, 1 if one of them is to."""
+        several processes a tensor, not 0 if one of them is to."""
         c = self.c
         self.lr.fill_(get_lr(step, c))
         # a smaller decay in the first steps
@@ -121,6 +123,8 @@ class TrainingStep:
         if WORLD_SIZE > 1:
             stop = self.all_reduce(stop)
         self.run(self.update)
+        if self.to_record:
+            self.record()
         return self.loss.clone(), stop
 
     def micro_batch(self):
@@ -131,17 +135,15 @@ class TrainingStep:
 
     def update(self):
         """Clip the gradients, update the weights, then their average."""
-        # clip; after an fp16 overflow the norm, and so every gradient, becomes NaN
+        # clip; in fp16 one overflow makes the norm NaN, and so every gradient
         params = list(self.method.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in params])
         norm = torch.where(norm.isfinite(), norm, math.nan)
         norm = norm / self.scaler.scale(torch.ones_like(norm))
         nn.utils.clip_grads_with_norm_(params, self.c.grad_clip or math.inf, norm)
 
-        # both optimizers skip a step whose gradients are NaN
+        # so both optimizers find it, and skip the step
         for opt in self.opts:
-            for group in opt.param_groups:
-                group["lr"] = self.lr
             self.scaler.unscale_(opt)
             self.scaler.step(opt)
         self.scaler.update()
@@ -155,7 +157,7 @@ class TrainingStep:
             torch._foreach_add_(averages, difference)
 
     def zero_grad(self):
-        """Of several micro-batches or processes, gradients are added to tensors that stay."""
+        """Where several micro-batches are added, in place: a graph knows the addresses."""
         self.method.zero_grad(set_to_none=self.c.grad_accum == 1)
 
     def all_reduce(self, stop):
@@ -167,13 +169,15 @@ class TrainingStep:
             dist.all_reduce(flat)
         except RuntimeError:
             raise SystemExit("another process has ended, so this one does") from None
-        nn.utils.vector_to_parameters(flat[:-2], grads)
+        parts = flat[:-2].split([grad.numel() for grad in grads])
+        for grad, part in zip(grads, parts, strict=True):
+            grad.copy_(part.view_as(grad))
         self.loss.copy_(flat[-2])
         return flat[-1]
 
     def compile(self):
-        """Compile the loss in place and record the step, or go on without where that fails (no C++
-        compiler, a method that waits for the GPU)."""
+        """Compile the loss in place, or go on without where that fails (no C++ compiler); the step
+        after the next is recorded."""
         # so that resuming is exact: a compiled gradient of an embedding sums in any order
         torch.use_deterministic_algorithms(DEVICE == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -184,13 +188,16 @@ class TrainingStep:
             self.method._compiled_call_impl = None
             say_without("torch.compile", error)
         self.zero_grad()
-        if CUDA_GRAPHS:
-            self.record()
+        self.to_record = CUDA_GRAPHS
 
     def record(self):
+        """Record micro_batch and update as CUDA graphs, or go on without. A whole step comes first:
+        what it makes, states and scale, a graph would make anew at each replay."""
+        self.to_record = False
         try:
             self.run = Replay(self.micro_batch, self.update)
         except RuntimeError as error:
+            self.scaler.update(self.scaler.get_scale())    # it forgets the step that failed
             say_without("CUDA graphs", error)
         self.zero_grad()
 
@@ -210,7 +217,8 @@ class Replay:
     host launches a graph, where it would launch a thousand kernels."""
 
     def __init__(self, *functions):
-        self.graphs = {}         # by name: a reference to f would keep the graphs until a late GC
+        # by name: f belongs to the step that owns this, and a cycle would keep graphs until a GC
+        self.graphs = {}
         for f in functions:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

@@ -80,9 +80,9 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
 
 
 def block_stderr(windows):
-    """Error of the mean of windows (W,) of a text: mean ± 2 errors is a 95% interval. Neighbours
-    are alike, and plays differ, so only quarters of the text are taken as independent; Student's
-    t makes up for so few."""
+    """Error of the mean of windows (W,) of a text: half of the half-width of Student's 95%
+    interval, as if quarters of the text were independent, for neighbours are alike and plays
+    differ. Simulated, mean ± 2 errors covers 0.91 (docs/LOG.md)."""
     n_blocks = min(4, len(windows))
     means = torch.stack([block.mean() for block in windows.tensor_split(n_blocks)])
     t = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182}[n_blocks]         # 97.5%, n_blocks - 1 degrees
@@ -136,7 +136,6 @@ def fit(method, data, c, meta, show_sample, state=None):
         # one step
         loss, to_stop = train_step(progress.step, stop.requested)
         progress.step += 1
-        progress.seconds = time.perf_counter() - start_time
         progress.loss_sum += loss
         progress.loss_count += 1
         bar.update()
@@ -151,6 +150,7 @@ def fit(method, data, c, meta, show_sample, state=None):
         if not reading and not stopping:
             continue
         mean_loss = progress.loss_sum.item() / progress.loss_count
+        progress.seconds = time.perf_counter() - start_time
         bar.set_postfix_str(f"loss {mean_loss:.3f}")
         weight_norm = nn.utils.get_total_norm(method.parameters()).item()
         finite = math.isfinite(mean_loss) and math.isfinite(weight_norm)
@@ -267,7 +267,7 @@ def describe(e, method, unit):
     return f"{line} | by {method.noise_name} up to {fifths}"
 
 
-# signals, processes, the compiler
+# signals, processes
 
 class StopSignal:
     """Ctrl-C, SIGTERM or SIGHUP lets the step finish and saves; a second Ctrl-C ends it."""

@@ -4,9 +4,10 @@
     python -m evaluation.bench --n_layer=8
     python -m evaluation.bench --gpu          # the parts of a step, its kernels, sampling
 
-Times are midhinges, the mean of the two quartiles, ± half of their distance. The networks take
-their steps in turn, so that a busy machine slows all alike. The share of the peak is against a
-large matrix product in the same precision, in the same round.
+Times are midhinges, the mean of the two quartiles, ± half of their distance; with --gpu medians,
+the least and the greatest. The networks take their steps in turn, so that a busy machine slows all
+alike. The share of the peak is against a large matrix product in the same precision, in the same
+round.
 """
 import copy
 import operator

@@ -1,19 +1,18 @@
 #!/bin/bash
-# What only a GPU can show, in parts of at most 100 seconds. Each keeps its log if the next one fails.
-# bash experiments/gpu.sh [data_dir] [parts], with parts some of: tests bench siblings run cosine decay
+# What only a GPU can show, in parts of at most 100 seconds. Each keeps its log in out/gpu.
+# bash experiments/gpu.sh [data_dir] [parts], parts of: tests bench siblings run cosine decay
 set -u
 data=${1:-data}
 parts=${2:-tests bench siblings run}
 mkdir -p out/gpu
 part() {   # name of the log, command
-    name=$1; shift
-    start=$SECONDS
+    local name=$1 start=$SECONDS; shift
     timeout -s INT 100 "$@" > "out/gpu/$name.log" 2>&1
     echo "$name: exit code $?, $((SECONDS - start)) s, the last line:"
     tail -n 1 "out/gpu/$name.log"
 }
 pieces() {   # a run to its end, in six pieces of 100 seconds at most; name, command
-    name=$1; shift
+    local name=$1; shift
     part "$name.1" "$@" --out="out/gpu/runs/$name"
     for i in 2 3 4 5 6; do
         grep -qs finished "out/gpu/runs/$name/status" && return

@@ -6,10 +6,11 @@ what was measured is kept in out/sampler_nll.pt, and the same command goes on.
     python -m experiments.sampler_nll --out=results/masked.pt
     python -m experiments.sampler_nll --windows=400 --fp32 --n=0 --only="order margin, steps 43"
 
-A sampler has calls network calls a window of T characters, T / calls characters each. "minus the
-bound" is paired by window, as is "minus margin". order=random is an average over orders, so its
-number is a bound, of one random order a window.
+`steps` is the number of network calls for a window of T characters. "minus the bound" is paired by
+window, as is "minus margin". order=random is an average over orders, so its number is a bound, of
+one random order a window.
 """
+import os
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +40,8 @@ class Samplers(Settings):   # python -m experiments.sampler_nll
     data_dir: str = ""             # where corpora are kept; empty: data/
     windows: int = 128             # of held-out text, evenly spaced
     n: int = 256                   # texts that are written by each of ten samplers; 0: none
-    only: str = ""                 # the rows of held-out text whose title has this
-    fp32: bool = False             # else as it was trained: precision decides some paths
-    seed: int = 1337
+    only: str = ""                 # the rows of held-out text whose title contains this, no others
+    fp32: bool = False             # in half precision near ties fall otherwise
 
     def __post_init__(self):
         # fewer have no standard error
@@ -109,7 +109,9 @@ class Kept:
         if key not in self.values:
             self.values[key] = measure(*args)
             self.path.parent.mkdir(exist_ok=True)
-            torch.save(self.values, self.path)
+            part = self.path.with_suffix(".part")
+            torch.save(self.values, part)
+            os.replace(part, self.path)
         return self.values[key]
 
 
@@ -121,6 +123,7 @@ def held_out_table(method, data, s, kept, key):
     nats = {}
     for title, how in tqdm(samplers.items(), desc="held out", disable=None):
         nats[title] = kept.get(f"{key}, {title}", nats_per_char, method, x, how)
+    check(samplers, f"no sampler has {s.only!r} in its title")
     best = nats.get(f"order margin, steps {data.T}")
     table = Table(f"-log p of {len(x)} held-out windows", {
         "sampler": 0, "nats/char": 4, "minus the bound": 4, "minus margin at one a call": 4})
@@ -170,7 +173,8 @@ def written_row(method, data, scorer, n, how):
     scored = torch.cat([scorer.method.bound(batch)[0] for batch in x.split(128)]).double().cpu()
     m = text_metrics([data.tokenizer.decode(ids) for ids in x.tolist()], *training_text(data))
     # texts are independent, unlike windows
-    pairs = [(x.mean().item(), (x.std() / n ** 0.5).item()) for x in (scored, own, scored - own)]
+    pairs = [(nats.mean().item(), (nats.std() / n ** 0.5).item())
+             for nats in (scored, own, scored - own)]
     return [*pairs, m["entropy"], m["words"]]
 
 
@@ -181,7 +185,8 @@ def written_table(method, data, s, kept, key):
         "sampler": 0, "generative NLL": 3, "own -log p": 3, "their difference": 3,
         "entropy, bits": 3, "known words": 3})
     for title, how in tqdm(written_samplers(data.T).items(), desc="written", disable=None):
-        row = kept.get(f"{key}, {s.n} texts, {title}", written_row, method, data, scorer, s.n, how)
+        key_of_row = f"{key}, {s.n} texts, {title}, {scorer.path}"
+        row = kept.get(key_of_row, written_row, method, data, scorer, s.n, how)
         table.add(title, *map(tuple, row))
 
 
@@ -198,8 +203,9 @@ def main(argv):
     key = f"{checkpoint.path}, step {checkpoint.meta['step']}, {dtype}, {s.windows} windows"
     print(f"{stamp()}\n\n{key}")
     held_out_table(checkpoint.method, data, s, kept, key)
-    infilling_table(checkpoint.method, data, s, kept, key)
-    if s.n:
+    if not s.only:
+        infilling_table(checkpoint.method, data, s, kept, key)
+    if s.n and not s.only:
         written_table(checkpoint.method, data, s, kept, key)
 
 

@@ -100,8 +100,24 @@ def test_compiled_losses_are_those_of_eager(name):
     eager = losses(on_device(name), 10)
     train_step = on_device(name)
     train_step.compile()
-    assert torch.allclose(eager, losses(train_step, 10), rtol=1e-3)
+    compiled = losses(train_step, 10)
+    assert torch.allclose(eager, compiled, rtol=1e-3)
     assert train_step.run is not call
+
+
+def test_a_method_that_waits_goes_on_without_graphs(capsys):
+    train_step = on_device("masked")
+    honest = train_step.micro_batch
+
+    def waits():
+        honest()
+        train_step.loss.item()
+
+    train_step.micro_batch = waits
+    losses(train_step, 1)
+    train_step.record()
+    assert losses(train_step, 3).isfinite().all()
+    assert "going on without CUDA graphs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recorded", [False, True])

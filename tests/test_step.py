@@ -2,6 +2,7 @@
 self-conditioning in every second row."""
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import analog_bits
 import config
 import embed_diffusion
 import mnist_ddpm
+import step
 import train
+from checkpoint import load_optimizer
 from config import EMBED_RECIPES, Bits, Embed, Masked, Mnist
 from gaussian import TokenDiffusion
 from step import Muon, reseed
@@ -70,7 +73,7 @@ def random_matrices():
 def test_muon_is_torchs_to_the_bit_for_tall_and_wide_matrices():
     ours = random_matrices()
     theirs = random_matrices()
-    opts = [Muon(ours, weight_decay=0.1),
+    opts = [Muon(ours, lr=0.0, weight_decay=0.1),
             torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
     for i in range(10):
         for a, b in zip(ours, theirs, strict=True):
@@ -90,7 +93,7 @@ def test_muon_goes_on_with_the_momentum_that_torchs_saved():
     ours = random_matrices()
     theirs = random_matrices()
     before = torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", lr=0.01)
-    after = Muon(ours, weight_decay=0.1)
+    after = Muon(ours, lr=0.01, weight_decay=0.1)
 
     def step(opt, params):
         for i, p in enumerate(params):
@@ -115,8 +118,8 @@ def test_a_step_that_overflows_leaves_all_state_to_the_bit(bad):
     method, data, c = build("masked")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10)
     train_step = training_step(method, data, c, scaler)
-    for step in range(3):
-        train_step(step)
+    for i in range(3):
+        train_step(i)
 
     def everything():
         state = [x for opt in train_step.opts for s in opt.state.values() for x in s.values()]
@@ -136,6 +139,71 @@ def test_a_step_that_overflows_leaves_all_state_to_the_bit(bad):
     train_step(4)
     for a, b in zip(before, everything(), strict=True):
         assert not torch.equal(a, b)
+
+
+def test_a_resumed_optimizer_keeps_its_own_settings():
+    """The file has the weight decay of then, a rate that is a number, and what a CPU asks for."""
+    settings = []
+    method, data, c = build("masked")
+    old = training_step(method, data, replace(c, weight_decay=0.5))
+    old(0)
+    new = training_step(*build("masked"))
+    for opt, before in zip(new.opts, old.opts, strict=True):
+        state = copy.deepcopy(before.state_dict())
+        state["param_groups"][0]["lr"] = 0.003
+        settings.append(dict(opt.param_groups[0]))
+        load_optimizer(opt, state)
+        assert opt.param_groups[0]["lr"] is new.lr
+        assert opt.param_groups[0]["weight_decay"] == c.weight_decay
+        for ours, theirs in zip(opt.state.values(), before.state.values(), strict=True):
+            for name in theirs:
+                assert torch.equal(ours[name], theirs[name])
+
+
+def test_processes_sum_gradients_in_place(monkeypatch):
+    """A CUDA graph reads the tensors that it was recorded with."""
+    train_step = training_step(*build("masked"))
+    train_step.micro_batch()
+    grads = [p.grad for p in train_step.method.parameters()]
+    before = [grad.clone() for grad in grads]
+    loss = train_step.loss.clone()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(2))
+    assert train_step.all_reduce(True) == 2
+    assert train_step.loss == 2 * loss
+    for p, grad, old in zip(train_step.method.parameters(), grads, before, strict=True):
+        assert p.grad is grad and torch.equal(grad, 2 * old)
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_a_step_is_recorded_after_a_whole_one(monkeypatch, grad_accum):
+    """What a first step makes, states, scale and gradients, a graph would make at each replay. A
+    recorder that runs its functions stands in for CUDA; one that fails is gone on without."""
+    made = []
+
+    class Recorder:
+        def __init__(self, *functions):
+            train_step = functions[0].__self__
+            made.append(all(opt.state for opt in train_step.opts))
+            are_gone = {p.grad is None for p in train_step.method.parameters()}
+            assert are_gone == {grad_accum == 1}
+            if fails:
+                train_step.scaler.unscale_(train_step.opts[0])
+                raise RuntimeError("no CUDA here")
+
+        def __call__(self, f):
+            f()
+
+    monkeypatch.setattr(step, "Replay", Recorder)
+    for fails in (False, True):
+        method, data, c = build("masked")
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10)
+        train_step = training_step(method, data, replace(c, grad_accum=grad_accum), scaler)
+        train_step.to_record = True
+        losses = [train_step(i)[0].item() for i in range(3)]
+        assert (train_step.run is step.call) == fails
+        plain = training_step(*build("masked")[:2], replace(c, grad_accum=grad_accum), scaler)
+        assert losses == pytest.approx([plain(i)[0].item() for i in range(3)], rel=1e-4)
+    assert made == [True, True]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -218,11 +286,11 @@ def test_half_of_the_rows_cost_on_average_what_a_coin_costs(B, loss):
     honest = type(method).half_of_x_prev
 
     def with_parity(parity):
-        return lambda z, gamma, cond, _: honest(method, z, gamma, cond, torch.tensor(parity))
+        return lambda z, gamma, _: honest(method, z, gamma, torch.tensor(parity))
 
     def coin(shown):
-        def x_prev(z, gamma, cond, _):
-            return shown * method.predict_tokens(z, gamma, cond)[0]
+        def x_prev(z, gamma, _):
+            return shown * method.predict_tokens(z, gamma)[0]
         return x_prev
 
     assert mean_loss([coin(0), coin(0)]) != mean_loss([coin(1), coin(1)])
@@ -236,8 +304,8 @@ def test_the_parity_is_a_fair_coin_that_does_not_look_at_the_times():
     shown = []
     honest = method.half_of_x_prev
 
-    def watched(z, gamma, cond, parity):
-        x_prev = honest(z, gamma, cond, parity)
+    def watched(z, gamma, parity):
+        x_prev = honest(z, gamma, parity)
         shown.append(x_prev.flatten(1).any(1))
         return x_prev
 
