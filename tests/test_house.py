@@ -46,7 +46,7 @@ SCRIPTS = {
 REPEATED = {"build", "main", "sample", "SETTINGS", "SAMPLER"}     # every script has its own
 SET_FROM_OUTSIDE = {      # rows and counts that data fill, and what torch offers no function for
     "embed_diffusion.py: method.table", "embed_diffusion.py: method.bigrams",
-    "step.py: method._compiled_call_impl", "generate.py: method.net",
+    "step.py: module._compiled_call_impl", "generate.py: method.net",
     "evaluation/bench.py: method.net", "evaluation/bench.py: step.run",
     "step.py: torch.utils.deterministic.fill_uninitialized_memory",
     "experiments/golden.py: config.AMP", "evaluation/bench.py: config.AMP",
