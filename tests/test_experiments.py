@@ -160,10 +160,11 @@ def test_samplers_of_text(runs, capsys):
 
 
 def test_every_sampler_of_a_silent_network_pays_log_V(runs, monkeypatch, capsys, tmp_path):
-    """In held-out and in written text; what was measured is not measured again."""
+    """In held-out text, in parts of it, and in written text; what was measured is not measured
+    again."""
     monkeypatch.setattr(sampler_nll, "HERE", tmp_path)
     args = [f"--out={runs['masked']}", f"--eval_model={runs['ar']}", runs["dataset"],
-            "--windows=4", "--n=2", "--only=steps 8,"]
+            "--windows=4", "--n=2"]
     sampler_nll.main(args)
     out = capsys.readouterr().out
     V = len(read_state(Path(runs["ar"]), "best.pt")["alphabet"])
@@ -172,6 +173,10 @@ def test_every_sampler_of_a_silent_network_pays_log_V(runs, monkeypatch, capsys,
     assert len(held_out) == 16                             # five orders, three or four distances
     for row in held_out.values():
         assert row[1:3] == [nats, "0.0000 ± 0.0000"]
+    infilled = table_rows(out.partition("of a part of")[2].partition("2 texts by each")[0])
+    assert len(infilled) == 5                              # three parts, and the head
+    for row in [*infilled.values()][2:]:
+        assert row[1:] == [nats] * 6 + ["0.0000 ± 0.0000"]
     written = table_rows(out.partition("2 texts by each")[2])
     assert len(written) == 12                              # ten samplers, and the head
     for row in [*written.values()][2:]:
@@ -183,6 +188,11 @@ def test_every_sampler_of_a_silent_network_pays_log_V(runs, monkeypatch, capsys,
         monkeypatch.setattr(sampler_nll, name, measured_again)
     sampler_nll.main(args)
     assert capsys.readouterr().out == out
+    with pytest.raises(SystemExit, match="no sampler has 'step 8' in its title"):
+        sampler_nll.main([*args, "--only=step 8"])
+    sampler_nll.main([*args, "--only=steps 8,"])
+    only = table_rows(capsys.readouterr().out)
+    assert only.keys() > held_out.keys() and len(only) == 19   # the bound, and the head
     with pytest.raises(SystemExit, match="is no masked model"):
         sampler_nll.main([f"--out={runs['ar']}", runs["dataset"]])
 
