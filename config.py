@@ -36,7 +36,8 @@ elif DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported():
 
 # once it is compiled, a training step is recorded as CUDA graphs
 CUDA_GRAPHS = GPU
-# no kernels that sum over rows and columns at once: 0.36 ms, where two kernels take 0.06
+# no kernels that sum over rows and columns at once: on an H200 a step kept the GPU busy for 8.8 ms
+# with them, for 7.0 ms without
 os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 
 

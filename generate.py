@@ -212,9 +212,9 @@ class Recorded(nn.Module):
         self.net = net
         self.recorded = {}
 
-    def forward(self, x, t, kv_cache=None):
-        if kv_cache is not None or torch.is_grad_enabled():
-            return self.net(x, t, kv_cache)
+    def forward(self, x, t, *kv_cache):
+        if kv_cache or torch.is_grad_enabled():
+            return self.net(x, t, *kv_cache)
         key = x.shape, x.dtype, t.shape, t.dtype
         if key not in self.recorded:
             inputs = x.clone(), t.clone()

@@ -157,7 +157,8 @@ class TrainingStep:
             torch._foreach_add_(averages, difference)
 
     def zero_grad(self):
-        """Where several micro-batches are added, in place: a graph knows the addresses."""
+        """Gradients of several micro-batches are added in tensors that stay, for a graph knows
+        their addresses; those of one are made anew."""
         self.method.zero_grad(set_to_none=self.c.grad_accum == 1)
 
     def all_reduce(self, stop):
@@ -176,8 +177,9 @@ class TrainingStep:
         return flat[-1]
 
     def compile(self):
-        """Compile the loss in place, or go on without where that fails (no C++ compiler); after the
-        next step, it is recorded. On a CPU the network alone, compiled, is 11% faster."""
+        """Compile the loss in place, on a CPU the network alone, which is 11% faster there. Where it
+        fails (no C++ compiler), training goes on without. Graphs are recorded after the next step.
+        """
         # so that resuming is exact: a compiled gradient of an embedding sums in any order
         torch.use_deterministic_algorithms(DEVICE == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False

@@ -331,3 +331,20 @@ def test_digits_are_labelled_varied_and_always_the_same():
     for a, b in zip(arrays, draw_digits(3000, 500), strict=True):
         assert (a == b).all()
     assert (draw_digits(300, 50, seed=1)[0] != draw_digits(300, 50)[0]).any()
+
+
+def test_a_large_text_in_pieces_is_the_text(monkeypatch, tmp_path):
+    """Encoded, hashed and searched three characters at a time; a byte that is no UTF-8 is named
+    wherever it stands."""
+    monkeypatch.setattr(data, "PIECE", 3)
+    text = "abcdefg ïπ…🙂\nxyz"                # no character twice, so that none can be missed
+    chars = "".join(sorted(text))
+    assert data.alphabet(text) == chars
+    assert data.sha256_of(text) == hashlib.sha256(text.encode()).hexdigest()
+    assert CharTokenizer(chars).encode(text).tolist() == [chars.index(ch) for ch in text]
+    with pytest.raises(SystemExit, match="never seen 'ï'"):
+        CharTokenizer(chars.replace("ï", "")).encode(text)
+    path = tmp_path / "text.txt"
+    path.write_bytes("é".encode() * 100_001 + b"a\xff" + b"b" * 100_000)
+    with pytest.raises(SystemExit, match="is not UTF-8 text, see byte 200003"):
+        data.read_text(path)

@@ -151,6 +151,7 @@ def test_the_log_has_the_mean_loss_since_the_last_evaluation_and_the_rate(corpus
     honest = TrainingStep.__call__
 
     def watched(*args):
+        time.sleep(0.01)
         loss, stop = honest(*args)
         losses.append(loss.item())
         return loss, stop
@@ -162,6 +163,7 @@ def test_the_log_has_the_mean_loss_since_the_last_evaluation_and_the_rate(corpus
     assert float(first["loss"]) == pytest.approx(sum(losses[:3]) / 3)
     assert float(second["loss"]) == pytest.approx(sum(losses[3:6]) / 3)
     assert float(third["loss"]) == pytest.approx(losses[6])
+    assert read_state(tmp_path / "run")["progress"]["seconds"] >= 7 * 0.01
     assert float(second["lr"]) == get_lr(5, c)
     assert float(second["bits"]) == pytest.approx(float(second["bound"]) / math.log(2))
 
