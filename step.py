@@ -177,9 +177,8 @@ class TrainingStep:
         return flat[-1]
 
     def compile(self):
-        """Compile the loss in place, on a CPU the network alone, which is 11% faster there. Where it
-        fails (no C++ compiler), training goes on without. Graphs are recorded after the next step.
-        """
+        """Compile the loss in place, on a CPU the network alone: 11% faster there. Where it fails
+        (no C++ compiler), training goes on without. Graphs are recorded after the next step."""
         # so that resuming is exact: a compiled gradient of an embedding sums in any order
         torch.use_deterministic_algorithms(DEVICE == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False

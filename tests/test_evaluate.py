@@ -139,7 +139,7 @@ def test_standard_error_covers_the_truth_where_plays_differ(n):
 
 
 def test_standard_error_of_windows_that_are_known():
-    """Quarters with means 0, 2, 4, 6: their standard deviation over 2, times half of Student's t."""
+    """Quarters with means 0, 2, 4, 6: their standard deviation / 2, times half of Student's t."""
     quarters = torch.arange(4.0).repeat_interleave(5) * 2
     assert train.block_stderr(quarters) == pytest.approx(3.182 / 2 * (20 / 3) ** 0.5 / 2)
     assert train.block_stderr(torch.tensor([1.0, 3.0])) == pytest.approx(12.706 / 2)
