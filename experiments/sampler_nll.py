@@ -4,7 +4,7 @@ texts that it wrote, its own beside the evaluation model's. An hour and a half o
 what was measured is kept in out/sampler_nll.pt, and the same command goes on.
 
     python -m experiments.sampler_nll --out=results/masked.pt
-    python -m experiments.sampler_nll --windows=400 --fp32 --n=0 --only="order margin, steps 43"
+    python -m experiments.sampler_nll --windows=400 --fp32 --n=0 --only="left, steps 8;entropy"
 
 `steps` is the number of network calls for a window of T characters. "minus the bound" is paired by
 window, as is "minus margin". order=random is an average over orders, so its number is a bound, of
@@ -40,7 +40,7 @@ class Samplers(Settings):   # python -m experiments.sampler_nll
     data_dir: str = ""             # where corpora are kept; empty: data/
     windows: int = 128             # of held-out text, evenly spaced
     n: int = 256                   # texts that are written by each of ten samplers; 0: none
-    only: str = ""                 # the rows of held-out text whose title contains this, no others
+    only: str = ""                 # the rows of held-out text whose title has one of these; a;b;c
     fp32: bool = False             # in half precision near ties fall otherwise
 
     def __post_init__(self):
@@ -119,7 +119,8 @@ def held_out_table(method, data, s, kept, key):
     """Exact nats a character of held-out text under every sampler."""
     x = spaced_rows(data.val, s.windows).long()
     bound = kept.get(f"{key}, bound", lambda: likelihood(method, x)["windows"])
-    samplers = {title: how for title, how in held_out_samplers(data.T).items() if s.only in title}
+    samplers = {title: how for title, how in held_out_samplers(data.T).items()
+                if any(part in title for part in s.only.split(";"))}
     nats = {}
     for title, how in tqdm(samplers.items(), desc="held out", disable=None):
         nats[title] = kept.get(f"{key}, {title}", nats_per_char, method, x, how)
