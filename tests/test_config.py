@@ -1,22 +1,34 @@
-"""Settings: types, choices, recipes, --help; bad inputs, each one line and exit code 1."""
+"""Settings: types, choices, recipes, --help; bad inputs, each one line and exit code 1; what the
+environment says."""
 import dataclasses
+import importlib
+import io
 import re
+import runpy
+import sys
 from typing import get_args
 
 import pytest
 import torch
 from conftest import ROOT, last_line, run
 
-import analog_bits
 import config
-import embed_diffusion
 import generate
-import mnist_ddpm
 import train
-from config import EMBED_RECIPES, MNIST_RECIPES, Embed, Masked, Mnist, Sample, parse
+from config import EMBED_RECIPES, MNIST_RECIPES, Bits, Embed, Masked, Mnist, parse
 
-SCRIPTS = {"train": train, "generate": generate, "bits": analog_bits, "embed": embed_diffusion,
-           "mnist": mnist_ddpm}
+SCRIPTS = {
+    "train.py": Masked, "generate.py": config.Sample,
+    "analog_bits.py": Bits, "analog_bits.py sample": config.CodeSampler,
+    "embed_diffusion.py": Embed, "embed_diffusion.py sample": config.EmbedSampler,
+    "mnist_ddpm.py": Mnist, "mnist_ddpm.py sample": config.ImageSampler,
+}
+
+
+def all_settings():
+    """The classes of config.py that a script takes."""
+    classes = [x for x in vars(config).values() if isinstance(x, type)]
+    return [x for x in classes if issubclass(x, config.Settings) and x != config.Settings]
 
 
 def test_what_is_typed_has_the_type_of_the_field():
@@ -29,6 +41,8 @@ def test_what_is_typed_has_the_type_of_the_field():
     assert parse(["--n_layer=1", "--n_layer=2"], Masked) == {"n_layer": 2}
     with pytest.raises(dataclasses.FrozenInstanceError):
         Masked(**typed).n_layer = 4
+    with pytest.raises(SystemExit, match="^objective=gan is none of "):
+        Masked(objective="gan")
 
 
 def test_a_recipe_gives_what_is_not_typed():
@@ -50,63 +64,65 @@ def test_a_rung_of_the_ladder_is_one_change():
         before = recipe
 
 
+def test_settings_have_defaults_that_are_allowed_and_are_read_somewhere():
+    source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    for settings in all_settings():
+        for f in dataclasses.fields(settings):
+            read = re.search(rf"\b(c|s|self\.c|self)\.{f.name}\b", source)
+            assert read, f"nothing reads {f.name}"
+            choices = get_args(f.type)
+            assert not choices or f.default in choices, f.name
+    for settings in (Masked, Bits, Embed, Mnist):          # evaluations are evenly spaced
+        assert settings().max_iters % settings().eval_interval == 0
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_the_source(script, capsys):
+def test_help_is_the_source(script, monkeypatch, capsys):
+    """Of every script as it is typed."""
+    file, *kind = script.split()
+    monkeypatch.setattr(sys, "argv", [file, *kind, "--help"])
     with pytest.raises(SystemExit) as e:
-        SCRIPTS[script].main(["--help"])
-    out = capsys.readouterr().out
+        runpy.run_path(str(ROOT / file), run_name="__main__")
     assert e.value.code == 0
-    settings = Sample
-    if script != "generate":
-        settings = SCRIPTS[script].SETTINGS
+    out = capsys.readouterr().out
+    settings = SCRIPTS[script]
+    *parents, _, _ = [parent.__name__ for parent in settings.__mro__]
+    assert re.findall(r"^class (\w+)", out, re.M) == parents[::-1]
     for f in dataclasses.fields(settings):
         assert re.search(rf"^    {f.name}: .* = ", out, re.M), f.name
-    assert ("--recipe=" in out) == (script in ("embed", "mnist"))
+    has_recipes = script in ("embed_diffusion.py", "mnist_ddpm.py")
+    assert ("--recipe=best: " in out) == has_recipes
 
 
 BAD = [   # script, arguments, what the one line says
     ("train --n_layers=3", "no setting '--n_layers=3', did you mean --n_layer?"),
-    ("train --zzz=3", "no setting '--zzz=3', did you mean --"),
-    ("train --n_layer=six", "argument --n_layer: invalid int value: 'six'"),
-    ("train --n_layer=1.5", "argument --n_layer: invalid int value: '1.5'"),
-    ("train --learning_rate=fast", "argument --learning_rate: invalid float value: 'fast'"),
-    ("train --learning_rate=nan", "learning_rate=nan must be 0 or more"),
-    ("train --learning_rate=inf", "learning_rate=inf must be 0 or more"),
-    ("train --compile=maybe", "argument --compile: invalid boolean value: 'maybe'"),
-    ("train --batch_size", "argument --batch_size: expected one argument"),
+    ("train --zzz=3", "no setting '--zzz=3', did you mean --dataset --"),
     ("train --batch=3", "no setting '--batch=3', did you mean --batch_size?"),
     ("train batch_size=32", "no setting 'batch_size=32', did you mean --batch_size?"),
-    ("train sample", "no setting 'sample', did you mean"),
-    ("train --n_embd=384 --n_head=5", "n_embd/n_head is 76.8: it must be even"),
-    ("train --n_embd=15 --n_head=5", "n_embd/n_head is 3: it must be even"),
-    ("train --batch_size=0", "batch_size=0 must be 1 or more"),
-    ("train --dropout=1", "dropout=1.0 must be less than 1"),
-    ("train --seed=-1", "seed=-1 must be 0 or more"),
+    ("train --compile=maybe", "argument --compile: invalid boolean value: 'maybe'"),
     ("train --objective=gan", "argument --objective: invalid choice: 'gan' (choose from"),
+    ("train --learning_rate=nan", "learning_rate=nan must be 0 or more"),
+    ("train --learning_rate=inf", "learning_rate=inf must be 0 or more"),
+    ("train --seed=-1", "seed=-1 must be 0 or more"),
+    ("train --batch_size=0", "batch_size=0 must be 1 or more"),
+    ("train --n_embd=15 --n_head=5", "n_embd/n_head is 3: it must be even"),
+    ("train --dropout=1", "dropout=1.0 must be less than 1"),
     ("train --dataset=nowhere.txt", "no text file 'nowhere.txt', and no corpus: shakespeare"),
     ("train --dataset=TMP", "no text file 'TMP', and no corpus"),
-    ("train --dataset=TMP/empty.txt", "empty.txt has 0 different characters"),
-    ("train --dataset=TMP/short.txt", "has 90 characters to train on, 10 to validate"),
+    ("train --dataset=TMP/one.txt", "one.txt has 1 different characters, not 2 to 30,000"),
+    ("train --dataset=TMP/many.txt", "many.txt has 30,001 different characters, not 2 to 30,000"),
+    ("train --dataset=TMP/text.txt --block_size=8 --train_size=7",
+     "has 7 characters to train on, 1,299 to validate; block_size=8 needs 8 and 16"),
+    ("train --dataset=TMP/short.txt --block_size=8", "to train on, 10 to validate"),
     ("train --dataset=TMP/binary.txt", "is not text: it has zero bytes"),
-    ("train --dataset=TMP/latin1.txt", "is not UTF-8 text, see byte 3"),
     ("train --dataset=shakespeare --data_dir=TMP/cut", "is cut, or another file"),
-    ("train --dataset=TMP/text.txt --block_size=16 --train_size=15",
-     "has 15 characters to train on, 1,299 to validate; block_size=16 needs 16 and 32"),
     ("train --dataset=TMP/text.txt --out=TMP/text.txt/x", "NotADirectoryError"),
     ("train --resume --out=TMP/none", "no checkpoint at TMP/none/ckpt.pt"),
-    ("train --resume --out=TMP/bits", "is a bits checkpoint, not masked or ar"),
     ("train --resume --out=TMP/run --n_layer=3", "this run has n_layer=1, which cannot become 3"),
-    ("train --resume --out=TMP/run --objective=ar", "this run has objective=masked, which cannot"),
-    ("train --resume --out=TMP/run --dataset=TMP/other.txt",
-     "this run was trained on file text.txt, not on this file other.txt"),
     ("train --resume --out=TMP/run --dataset=TMP/changed/text.txt",
      "this run was trained on file text.txt, not on this file text.txt"),
-    ("generate --order=alphabetical", "argument --order: invalid choice: 'alphabetical'"),
-    ("generate --n_layer=8", "no setting '--n_layer=8', did you mean"),
     ("generate --steps=-1", "steps=-1 must be 0 or more"),
-    ("generate --temperature=-1", "temperature=-1.0 must be 0 or more"),
     ("generate --out=TMP/none", "no checkpoint at TMP/none: train first, or pass --out=FOLDER"),
-    ("generate --out=TMP/text.txt", "is damaged, or no checkpoint of ours"),
     ("generate --out=TMP/cut.pt", "is damaged, or no checkpoint of ours"),
     ("generate --out=TMP/list.pt", "is damaged, or no checkpoint of ours"),
     ("generate --out=TMP/pickle.pt", "is damaged, or no checkpoint of ours"),
@@ -114,27 +130,17 @@ BAD = [   # script, arguments, what the one line says
     ("generate --out=TMP/less.pt", "was made by another version"),
     ("generate --out=TMP/new.pt", "was made by another version"),
     ("generate --out=TMP/shape.pt", "was made by another version"),
-    ("generate --out=TMP/bits.pt", "is a bits checkpoint, not masked or ar"),
-    ("generate --out=TMP/run --prompt={99999999999999999999}", "a blank is written {12}"),
-    ("generate --out=TMP/run --prompt=Zebra", "the model has never seen 'Z'"),
-    ("generate --out=TMP/run --prompt=a{b", "a blank is written {12} or {20-60}, a brace {{"),
-    ("generate --out=TMP/run --prompt=a{5-3}b", "a blank is written {12} or {20-60}"),
     ("generate --out=TMP/run --prompt=abcd --length=3",
      "length=3 is shorter than the prompt, which has 4 characters"),
     ("generate --out=TMP/ar --prompt=a{3}b", "cannot use the text after a blank"),
     ("generate --out=TMP/ar --prompt=a{3-5}", "of unknown length needs a masked checkpoint"),
-    ("generate --out=TMP/run --prompt=a{3-7}bd",
-     "with the 2 characters that follow, a blank may have 6, not 7"),
-    ("mnist --recipe=dppm", "argument --recipe: invalid choice: 'dppm'"),
-    ("mnist --predict=levels --loss=simple", "predict=levels has loss=ce or elbo"),
-    ("mnist --recipe=levels --loss=simple", "predict=levels has loss=ce or elbo"),
-    ("mnist --recipe=levels --predict=v", "predict=v has loss=simple or elbo or min-snr"),
-    ("mnist --loss=ce", "predict=v has loss=simple or elbo or min-snr"),
-    ("mnist --patch=5", "argument --patch: invalid choice: 5"),
-    ("mnist sample --digit=10", "argument --digit: invalid choice: 10"),
-    ("mnist sample --out=TMP/run", "is a masked checkpoint, not mnist"),
-    ("embed --predict=x0 --loss=ce", "predict=x0 has loss=simple or diffusion-lm"),
-    ("embed --table=TMP/text.txt --table_init=small", "table needs table_init=unit"),
+    ("mnist_ddpm --recipe=dppm", "argument --recipe: invalid choice: 'dppm'"),
+    ("mnist_ddpm --predict=levels --loss=simple", "predict=levels has loss=ce or elbo"),
+    ("mnist_ddpm --loss=ce", "predict=v has loss=simple or elbo or min-snr"),
+    ("mnist_ddpm sample --out=TMP/run", "is a masked checkpoint, not mnist"),
+    ("embed_diffusion --predict=x0 --loss=ce", "predict=x0 has loss=simple or diffusion-lm"),
+    ("embed_diffusion --predict=eps --loss=simple", "prompts and fluency need predict=tokens"),
+    ("embed_diffusion --table=TMP/text.txt --table_init=small", "table needs table_init=unit"),
 ]
 TINY = ["--max_iters=2", "--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8",
         "--batch_size=2"]
@@ -146,9 +152,10 @@ def files(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "cut").mkdir()
     (tmp / "changed").mkdir()
-    contents = {"empty.txt": b"", "short.txt": b"xy" * 50, "binary.txt": b"ab\0c" * 999,
-                "latin1.txt": b"caf\xe9 " * 999, "text.txt": b"abcd abd acd\n" * 999,
-                "other.txt": b"abcd acb acb\n" * 999, "changed/text.txt": b"abcd dbc acd\n" * 999,
+    many = "".join(map(chr, range(0x4e00, 0x4e00 + 30_001)))
+    contents = {"one.txt": b"a" * 999, "many.txt": many.encode(), "short.txt": b"xy" * 50,
+                "binary.txt": b"ab\0c" * 999, "text.txt": b"abcd abd acd\n" * 999,
+                "changed/text.txt": b"abcd dbc acd\n" * 999,
                 "cut/tinyshakespeare.txt": b"First Citizen:\n"}
     for name, content in contents.items():
         (tmp / name).write_bytes(content)
@@ -158,41 +165,36 @@ def files(tmp_path_factory):
     whole = (tmp / "run/best.pt").read_bytes()
     (tmp / "cut.pt").write_bytes(whole[:len(whole) // 2])
     state = torch.load(tmp / "run/best.pt", weights_only=True)
-    weights = state["ema"]
-    head = "net.head.weight"
+    head = state["ema"]["net.head.weight"]
     variants = {
-        "bits.pt": {"method": "bits"},
+        "pickle.pt": {"method": Masked()},                 # of a class: never run
         "new.pt": {"config": {**state["config"], "n_experts": 8}},
         "shape.pt": {"config": {**state["config"], "n_embd": 16}},
-        "nan.pt": {"ema": {**weights, head: weights[head] * float("nan")}},
+        "nan.pt": {"ema": {**state["ema"], "net.head.weight": head * float("nan")}},
+        "old.pt": {"config": {k: v for k, v in state["config"].items() if k != "train_size"}},
     }
     for name, change in variants.items():
         torch.save({**state, **change}, tmp / name)
     torch.save({k: v for k, v in state.items() if k != "alphabet"}, tmp / "less.pt")
-    old = {k: v for k, v in state["config"].items() if k != "train_size"}
-    torch.save({**state, "config": old}, tmp / "old.pt")
     torch.save([1, 2], tmp / "list.pt")
-    torch.save({**state, "method": Masked()}, tmp / "pickle.pt")       # of a class: never run
-    (tmp / "bits").mkdir()
-    torch.save({**state, "method": "bits"}, tmp / "bits/ckpt.pt")
     return tmp
 
 
 @pytest.mark.parametrize("typed, says", BAD, ids=[typed for typed, _ in BAD])
-def test_bad_input_is_one_line_and_exit_1(typed, says, files):
+def test_bad_input_is_one_line_and_exit_1(typed, says, files, monkeypatch):
     script, *args = typed.replace("TMP", str(files)).split()
     before = {p: p.stat().st_mtime_ns for p in files.rglob("*") if p.name != "status"}
-    with pytest.raises((SystemExit, OSError)) as e:        # run() ends an OSError with a line, too
-        SCRIPTS[script].main(args)
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    with pytest.raises(SystemExit) as e:
+        config.run(importlib.import_module(script).main)
     assert says.replace("TMP", str(files)) in last_line(e.value)
     assert before == {p: p.stat().st_mtime_ns for p in files.rglob("*") if p.name != "status"}
 
 
-@pytest.mark.parametrize("typed, says", [BAD[0], BAD[18], BAD[26], BAD[40]])
-def test_and_so_it_is_from_the_shell(typed, says, files):
-    script, *args = typed.replace("TMP", str(files)).split()
-    line, = run(f"{script}.py", *args, code=1).stderr.splitlines()
-    assert says.replace("TMP", str(files)) in line
+def test_and_so_it_is_from_the_shell(files):
+    line, = run("train.py", f"--out={files}/text.txt/x", f"--dataset={files}/text.txt",
+                code=1).stderr.splitlines()
+    assert line.startswith("NotADirectoryError")
 
 
 def test_a_setting_that_a_checkpoint_lacks_takes_its_default_and_a_line_says_so(files, capsys):
@@ -202,18 +204,53 @@ def test_a_setting_that_a_checkpoint_lacks_takes_its_default_and_a_line_says_so(
     assert line == f"{files}/old.pt is older than train_size: the default is taken"
 
 
-def all_settings():
-    """The classes of config.py that a script takes."""
-    classes = [x for x in vars(config).values() if isinstance(x, type)]
-    return [x for x in classes if issubclass(x, config.Settings) and x != config.Settings]
+# -------------------------------------------------------------------------------------------------
+# the environment
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
-def test_every_setting_is_read_somewhere_and_has_a_default_that_is_allowed():
-    source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
-    names = {f.name for settings in all_settings() for f in dataclasses.fields(settings)}
-    for name in names:
-        assert re.search(rf"\b(c|s|self\.c|self)\.{name}\b", source), f"nothing reads {name}"
-    for settings in all_settings():
-        for f in dataclasses.fields(settings):
-            choices = get_args(f.type)
-            assert not choices or f.default in choices, f.name
+def config_where(monkeypatch, **env):
+    """The names that config.py defines where these variables are set."""
+    for name in ("NO_COLOR", "TERM", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return runpy.run_path(str(ROOT / "config.py"))
+
+
+def test_colours_are_for_terminals_that_take_them(monkeypatch):
+    for stream in (io.StringIO(), None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        c = config_where(monkeypatch, TERM="xterm")
+        assert not c["TERMINAL"] and not c["COLOR"]
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    for env, coloured in [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False),
+                          ({"TERM": "dumb"}, False)]:
+        c = config_where(monkeypatch, **env)
+        assert c["TERMINAL"] and c["COLOR"] == coloured, env
+
+
+def test_processes_are_numbered_and_an_empty_variable_is_none(monkeypatch):
+    for rank, count, expected in [("3", "4", (3, 4)), ("", "", (0, 1))]:
+        c = config_where(monkeypatch, RANK=rank, WORLD_SIZE=count)
+        assert (c["RANK"], c["WORLD_SIZE"]) == expected
+
+
+@pytest.mark.parametrize("rank, count", [(1, 1), (2, 1), (1, 2)])
+def test_a_process_without_a_gpu_of_its_own_ends_in_a_line(rank, count, monkeypatch):
+    """On a machine with `count` GPUs."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    env = {"RANK": "2", "LOCAL_RANK": str(rank), "WORLD_SIZE": "3"}
+    if rank < count:
+        config_where(monkeypatch, **env)
+        assert chosen == [rank]
+    else:
+        with pytest.raises(SystemExit, match=f"there is no GPU number {rank}$"):
+            config_where(monkeypatch, **env)
+        assert not chosen

@@ -1,4 +1,4 @@
-"""The scripts that write text as a newcomer types them, each in a process of its own."""
+"""The scripts that write text, as a newcomer types them; the windows of long texts; terminals."""
 import os
 import re
 import subprocess
@@ -8,21 +8,22 @@ import pytest
 import torch
 from conftest import ROOT, run
 
+import generate
 from config import Sample
 from data import CharTokenizer
-from generate import half_windows, join_pieces, lay_out, parse_prompt, write
+from generate import half_windows, lay_out, parse_prompt, screen_rows, watch, write
 
-SMALL = ["--dataset=pydoc", "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32",
-         "--batch_size=8", "--max_iters=120", "--eval_interval=60"]
+SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32", "--batch_size=8",
+         "--max_iters=120", "--eval_interval=60", "--windows=20"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of train.py, whose lines are read, too."""
+def trained(corpus, tmp_path_factory):
+    """A run of train.py in a process of its own, whose lines are read, too."""
     out = tmp_path_factory.mktemp("run") / "masked"
-    done = run("train.py", *SMALL, f"--out={out}")
+    done = run("train.py", *SMALL, corpus, f"--out={out}")
     first, *lines = done.stdout.splitlines()
-    for words in ("masked, ", " parameters, cpu ", "pydoc: ", "to validate", "Ctrl-C saves"):
+    for words in ("masked, ", " parameters, cpu ", "text.txt: ", "to validate", "Ctrl-C saves"):
         assert words in first
     line = (r"step (\d+) \| loss [\d.]+ \| ([\d.]+) ± [\d.]+ nats/char = [\d.]+ ± [\d.]+ bits, a "
             r"bound \| masked CE [\d.]+ \| by share masked up to 0.2: .* 1.0: [\d.]+ \| "
@@ -30,119 +31,51 @@ def trained(tmp_path_factory):
     steps = [re.fullmatch(line, text) for text in lines if text.startswith("step ")]
     assert [m[1] for m in steps] == ["60", "100", "120"]
     assert float(steps[2][2]) < float(steps[0][2])         # the bound falls
-    assert re.search(r"over ([\d,]+) of \1 windows: ", lines[-2])
+    assert re.search(r"over 20 of \d+ windows: ", lines[-2])
     assert lines[-1] == f"done: python generate.py --out={out}"
     assert "\x1b" not in done.stdout and done.stderr == ""  # no terminal: no colours, no bar
     return out
 
 
-def test_the_same_seed_writes_the_same_texts(trained):
-    args = ["generate.py", f"--out={trained}", "--n=2", "--length=50"]
-    done = run(*args)
-    text = done.stdout
-    assert len(text) == 2 * 50 + 3 and text[50:52] == "\n\n"
-    assert "\x1b" not in text and "·" not in text
-    assert re.search(r"\n\d+ network calls, [\d.]+ s, [\d,]+ characters/s\n", done.stderr)
-    assert run(*args).stdout == text
-    assert run(*args, "--seed=2").stdout != text
+@pytest.fixture
+def written(trained, capsys):
+    """A function of arguments -> what generate.py prints with the run: the text, what is said."""
+    def call(*args):
+        generate.main([f"--out={trained}", *args])
+        return capsys.readouterr()
+    return call
 
 
-def test_blanks_are_filled_where_they_stand(trained):
-    out = run("generate.py", f"--out={trained}", "--prompt=The {5} of {{x}} is\\n{3}.").stdout
-    assert re.fullmatch(r"The [^·]{5} of {x}} is\n[^·]{3}\.\n", out, re.S)
+def test_the_same_seed_writes_the_same_texts(written):
+    args = ["--n=2", "--length=50"]
+    text, said = written(*args)
+    assert len(text) == 2 * 50 + 3 and text[50:52] == "\n\n" and "·" not in text
+    assert re.search(r"\n\d+ network calls, [\d.]+ s, [\d,]+ characters/s\n", said)
+    assert written(*args).out == text
+    assert written(*args, "--seed=2").out != text
 
 
-@pytest.mark.parametrize("args, calls", [
-    ("--order=confidence --steps=4", 4), ("--order=margin --counts=documents --steps=9", 9),
-    ("--remask=0.1", 64), ("--order=entropy --counts=cosine --steps=5", 5),
-    ("--counts=entropy --entropy_bound=0.5 --remask=0", 32), ("--temperature=0 --top_k=3", 64)])
-def test_samplers(trained, args, calls):
-    done = run("generate.py", f"--out={trained}", "--length=32", *args.split())
-    assert len(done.stdout) == 33 and "·" not in done.stdout
-    assert 1 <= int(re.search(r"(\d+) network calls", done.stderr)[1]) <= calls
-
-
-def test_a_long_text_is_written_window_by_window(trained):
-    done = run("generate.py", f"--out={trained}", "--length=100", "--prompt=The ", "--remask=0")
-    assert done.stdout.startswith("The ") and len(done.stdout) == 101
-    assert "\n96 network calls" in done.stderr             # one character a call
-
-
-def test_the_baseline_writes_after_a_prompt(tmp_path):
-    run("train.py", *SMALL, "--objective=ar", f"--out={tmp_path}/ar")
-    done = run("generate.py", f"--out={tmp_path}/ar", "--prompt=The ", "--length=60")
-    assert done.stdout.startswith("The ") and len(done.stdout) == 61
-
-
-def test_it_writes_at_once_from_the_checkpoint_in_the_repository(copy):
-    done = run("generate.py", "--prompt=ROMEO:", cwd=copy)
-    assert done.stdout.startswith("ROMEO:") and len(done.stdout) == 129
-    assert done.stderr.startswith(f"{copy}/results/masked.pt: masked, trained on shakespeare")
-    assert not (copy / "out").exists()
-
-
-def test_watch_shows_frames_only_in_a_terminal(trained):
-    done = run("generate.py", f"--out={trained}", "--watch", "--length=32")
-    assert "\x1b" not in done.stdout and len(done.stdout) == 33
-    if os.name != "posix":
-        return
-    args = ["generate.py", f"--out={trained}", "--watch", "--length=32", "--steps=4"]
-    frames, shown_again, text = in_terminal(args).partition("\x1b[?25h")
-    assert frames.count("\x1b[J") == 5 and "·" in frames   # four frames, and none is left
-    colours = re.compile(r"\x1b\[[0-9;]*m")
-    assert colours.search(text) and len(colours.sub("", text).replace("\r", "")) == 33
-    assert "\x1b" not in in_terminal(args, NO_COLOR="1")
-    assert "\x1b" not in in_terminal(args, TERM="dumb")
-
-
-def in_terminal(args, **env):
-    """What a script writes to a pseudo-terminal."""
-    import pty
-    leader, follower = pty.openpty()
-    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | env
-    process = subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=follower,
-                               stderr=subprocess.DEVNULL, env=env)
-    os.close(follower)
-    out = b""
-    try:
-        while part := os.read(leader, 4096):
-            out += part
-    except OSError:                                        # so Linux says that it is closed
-        pass
-    assert process.wait(timeout=60) == 0
-    os.close(leader)
-    return out.decode()
+@pytest.mark.parametrize("args, length, calls", [
+    ("--prompt=the --length=3", 3, 0), ("--prompt=a{3}e", 5, 6), ("--length=5", 5, 10),
+    ("--prompt=a{3}e --steps=2", 5, 2), ("--prompt=a{3}e --steps=200 --remask=0", 5, 3),
+    ("--prompt=the --length=100 --remask=0", 100, 97)])
+def test_at_most_two_calls_a_blank(args, length, calls, written):
+    text, said = written(*args.split())
+    assert len(text) == length + 1 and "·" not in text
+    assert int(re.search(r"(\d+) network calls", said)[1]) == calls
 
 
 # -------------------------------------------------------------------------------------------------
-# prompts and windows
+# windows
 
-def test_prompts():
-    tokenizer = CharTokenizer("\n {}abcn\\")
-    mask_id = len(tokenizer)
-
-    def parsed(text):
-        ids, known = join_pieces(parse_prompt(text, tokenizer), mask_id)
-        assert ((ids == mask_id) == ~known).all()
-        return tokenizer.decode(ids).replace("·", "_")
-
-    assert parsed("ab{3}c") == "ab___c"                    # blanks stand where they stand
-    assert parsed("{1}a{2}{1}") == "_a___"
-    assert parsed(r"a\nb") == "a\nb" and parsed("{{a}{2}b") == "{a}__b"
-    assert parsed("") == ""
-    for bad in ("{", "{x}", "{0}", "{-1}", "{12", "a{}"):
-        with pytest.raises(SystemExit, match="a blank is written"):
-            parsed(bad)
-
-
-@pytest.mark.parametrize("prompt, length, n, unknown", [
-    ("", 0, 8, 8), ("ab", 0, 8, 6), ("abca", 0, 8, 4), ("abcab", 0, 13, 8),
-    ("abc" * 4, 0, 20, 8), ("a{2}b", 0, 4, 2), ("a{2}b", 6, 6, 4),
-    ("{20}", 0, 20, 20), ("ab", 3, 3, 1), ("ab", 2, 2, 0)])
-def test_how_long_a_text_is(prompt, length, n, unknown):
-    ids, known = lay_out(parse_prompt(prompt, CharTokenizer("abc")), length, 8, mask_id=3)
-    assert len(ids) == len(known) == n and (~known).sum() == unknown
-    assert ((ids == 3) == ~known).all()
+@pytest.mark.parametrize("prompt, length, text", [
+    ("", 0, "········"), ("ab", 0, "ab······"), ("abca", 0, "abca····"),
+    ("abcab", 0, "abcab········"), ("a{2}b", 0, "a··b"), ("a{2}b", 6, "a··b··"),
+    ("{20}", 0, "·" * 20), ("ab", 3, "ab·"), ("ab", 2, "ab")])
+def test_how_long_a_text_is(prompt, length, text):
+    tokenizer = CharTokenizer("abc")
+    ids, known = lay_out(parse_prompt(prompt, tokenizer), length, 8, mask_id=3)
+    assert tokenizer.decode(ids) == text and torch.equal(known, ids < 3)
 
 
 class Spy:
@@ -160,7 +93,7 @@ class Spy:
         yield torch.where(known | locked, x, 1), torch.ones(x.shape) * 0.5
 
 
-@pytest.mark.parametrize("L", [1, 7, 8, 9, 12, 13, 30])
+@pytest.mark.parametrize("L", [1, 8, 9, 12, 30])
 def test_windows_cover_every_length_and_never_show_an_unwritten_context(L):
     ids = torch.zeros(L, dtype=torch.long)
     known = torch.arange(L) % 5 == 3
@@ -173,3 +106,81 @@ def test_windows_cover_every_length_and_never_show_an_unwritten_context(L):
     starts, ends = zip(*half_windows(L, 8), strict=True)
     assert starts[0] == 0 and ends[-1] == L
     assert all(0 < b - a <= 4 for a, b in zip(starts, starts[1:]))
+
+
+def test_a_text_of_many_windows_has_a_bar(monkeypatch):
+    bars = []
+
+    def bar(windows, **how):
+        bars.append((len(windows), how["disable"]))
+        return windows
+
+    monkeypatch.setattr(generate, "tqdm", bar)
+    for L, s in [(8, Sample()), (80, Sample()), (80, Sample(watch=True))]:
+        ids = torch.full((L,), 9)
+        list(write(Spy(), ids, ids < 9, 8, s))
+    assert bars == [(1, True), (19, None), (19, True)]     # None: in a terminal
+
+
+# -------------------------------------------------------------------------------------------------
+# terminals
+
+def test_watch_shows_frames_only_in_a_terminal(trained, written):
+    args = ["--watch", "--length=32", "--steps=4"]
+    text, _ = written(*args)
+    assert "\x1b" not in text and len(text) == 33
+    if os.name != "posix":
+        return
+    import pty
+    leader, follower = pty.openpty()
+    env = {**os.environ, "NO_COLOR": "", "TERM": "xterm"}
+    command = [sys.executable, "generate.py", f"--out={trained}", *args]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=follower, stderr=subprocess.DEVNULL,
+                               env=env)
+    os.close(follower)
+    shown = b""
+    try:
+        while part := os.read(leader, 4096):
+            shown += part
+    except OSError:                                        # so Linux says that it is closed
+        pass
+    assert process.wait(timeout=60) == 0
+    os.close(leader)
+    frames, _, painted = shown.decode().partition("\x1b[?25h")
+    assert frames.count("\x1b[J") == 5 and "·" in frames   # four frames, and none is left
+    colours = re.compile(r"\x1b\[[0-9;]*m")
+    assert colours.search(painted)
+    assert colours.sub("", painted).replace("\r", "") == text
+
+
+def test_rows_of_a_terminal():
+    assert screen_rows("ab\nc", 80) == ["ab", "c"]
+    assert screen_rows("abcde", 2) == ["ab", "cd", "e"]
+    assert screen_rows("战争与和平", 5) == ["战争", "与和", "平"]         # two columns each
+    assert screen_rows(["e", "\u0301", "x"], 2) == ["e\u0301x"]        # an accent takes none
+    assert screen_rows(["\x1b[38;5;203ma\x1b[0m"] * 3, 2) == ["\x1b[38;5;203ma\x1b[0m" * 2,
+                                                              "\x1b[38;5;203ma\x1b[0m"]
+    assert screen_rows("a\tb\n", 80) == ["a b", ""]
+
+
+def test_of_a_long_text_the_part_that_changes_is_watched(monkeypatch, capsys):
+    """20 rows in a window of 6; characters change from the first row to the last."""
+    monkeypatch.setattr(generate.shutil, "get_terminal_size", lambda: os.terminal_size((4, 6)))
+    tokenizer = CharTokenizer("ab")
+    assert list(watch(iter([]), tokenizer)) == []
+    assert capsys.readouterr().out == "\x1b[?25l\x1b[J\x1b[?25h"       # nothing is erased
+    frames = []
+    for i in range(0, 80, 4):
+        ids = torch.zeros(1, 80, dtype=torch.long)
+        ids[0, :i + 1] = 1
+        frames.append((ids, torch.ones(1, 80)))
+    assert len(list(watch(iter(frames), tokenizer))) == 20
+    start, *shown, end = capsys.readouterr().out.split("\x1b[J")
+    heights = []
+    for i, frame in enumerate(shown):
+        rows = re.sub(r"\x1b\[\?25l|\x1b\[\d+F|\x1b\[\d+A", "", frame).rstrip("\n").split("\n")
+        heights.append(len(rows))
+        if i:
+            assert rows[-1] == "baaa" or i < 5             # the row that has just changed
+    assert max(heights) == 5                               # never more than fits: nothing scrolls
+    assert end == "\x1b[?25h"
