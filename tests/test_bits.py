@@ -1,4 +1,4 @@
-"""analog_bits.py: codes, a head that predicts each bit alone, and the script as it is typed."""
+"""analog_bits.py: codes, a head that predicts each bit alone, and the script."""
 import math
 
 import pytest
@@ -11,14 +11,13 @@ import analog_bits
 import embed_diffusion
 import generate
 from analog_bits import BitHead, bit_table, bits, build
-from config import Bits, CodeSampler
+from config import Bits
 from gaussian import TokenDiffusion
 from step import reseed
 from train import evaluate
 
 TINY = [f"--dataset={ROOT}/config.py", "--block_size=32", "--n_layer=1", "--n_head=1",
         "--n_embd=16", "--batch_size=8", "--max_iters=20", "--eval_interval=20"]
-ABC = {"alphabet": "abcdefgh"}
 
 
 def tiny(**k):
@@ -50,59 +49,41 @@ def test_over_all_codes_the_bit_head_is_each_bit_alone():
     assert torch.allclose(ce, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["softmax", "bits"])
-@pytest.mark.parametrize("code", ["index", "bytes"])
-@pytest.mark.parametrize("alphabet", ["abcde", "abcdefgh"])
-def test_an_untrained_network_has_the_bound_log_V(alphabet, code, head):
+@pytest.mark.parametrize("alphabet, k", [
+    ("abcde", dict(head="bits")), ("abcdefgh", dict(code="bytes"))], ids=str)
+def test_an_untrained_network_has_the_bound_log_V(alphabet, k):
     """Also where some codes are no characters."""
-    m = build(tiny(code=code, head=head), {"alphabet": alphabet}).eval()
+    m = build(tiny(**k), {"alphabet": alphabet}).eval()
     V = len(alphabet)
-    x0 = torch.randint(V, (800, 12), generator=torch.Generator().manual_seed(0))
+    x0 = torch.randint(V, (500, 12), generator=torch.Generator().manual_seed(0))
     e = evaluate(m, x0, 8)
     assert e["bound"] == pytest.approx(math.log(V), abs=4 * e["stderr"] + 0.01)
 
 
-@pytest.mark.parametrize("stagger", [0.0, 2.0])
-@pytest.mark.parametrize("head", ["softmax", "bits"])
-def test_oracles_write_their_text(head, stagger):
-    """And their bound is what the end of the noise still tells."""
-    m = build(tiny(head=head, self_cond=False, stagger=stagger), {"alphabet": "abcde"})
-    x0 = torch.randint(5, (3, 9))
-    inner = m.net.net if head == "bits" else m.net
-    inner.forward = lambda x, t: 1e4 * (m.table[x0] if head == "bits" else F.one_hot(x0, 5).float())
-    for sampler in ("ddim", "ancestral"):
-        s = CodeSampler(steps=3, sampler=sampler, td=1)
-        *_, (y, p) = m.sample(x0 * 0 + 5, x0 < 0, s)
-        assert torch.equal(y, x0) and (p == 1).all()
-    nats, _ = m.bound(x0, torch.rand(3), range(3))
-    a2, s2 = torch.sigmoid(torch.tensor([-8.0, 8.0]).double())
-    assert torch.allclose(nats, (3 * (a2 + s2 - 1 - s2.log()) / 2).expand(3), atol=1e-6)
-
-
-@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("k", [dict(), dict(head="bits"), dict(loss="elbo", schedule="sqrt"),
                                dict(output_prior=False)], ids=str)
-def test_every_parameter_gets_a_gradient(k, half, monkeypatch):
+def test_every_parameter_gets_a_gradient(k, monkeypatch):
     """From zero outputs on, with two passes a step: a first one for every second row."""
     reseed(0)
     m = build(tiny(**k), {"alphabet": "abcdefg"})
     calls = []
     m.net.register_forward_pre_hook(lambda *_: calls.append(1))
-    descend(m, lambda: torch.randint(7, (16, 12)), 4, half, monkeypatch, 2.0 ** 10)
+    descend(m, torch.randint(7, (16, 12)), monkeypatch)
     assert len(calls) == 8
 
 
-def test_train_sample_resume_and_the_wrong_script(tmp_path):
+def test_train_sample_resume_and_the_wrong_script(tmp_path, capsys):
     out = f"--out={tmp_path}/bits"
-    r = run("analog_bits.py", *TINY, out)
-    assert "nats/char" in r.stdout and "a bound" in r.stdout and "masked CE" not in r.stdout
-    assert "done: python analog_bits.py sample" in r.stdout
-    r = run("analog_bits.py", "sample", out, "--prompt=The {5} is", "--n=2", "--steps=3", "--td=1",
-            "--sampler=ddim")
-    assert r.stdout.count("The ") == 2 and r.stdout.count(" is") >= 2
-    assert "3 network calls" in r.stderr
-    r = run("analog_bits.py", "sample", out, "--length=70", "--steps=2", "--two_pass", "--watch")
-    assert len(r.stdout) >= 70 and "16 network calls" in r.stderr
+    said = run("analog_bits.py", *TINY, out).stdout
+    assert "nats/char" in said and "a bound" in said and "masked CE" not in said
+    assert "done: python analog_bits.py sample" in said
+    analog_bits.main(["sample", out, "--prompt=The {5} is", "--n=2", "--steps=3", "--td=1",
+                      "--sampler=ddim"])
+    text, said = capsys.readouterr()
+    assert text.count("The ") == 2 and text.count(" is") >= 2 and "3 network calls" in said
+    analog_bits.main(["sample", out, "--length=70", "--steps=2", "--two_pass", "--watch"])
+    text, said = capsys.readouterr()
+    assert len(text) >= 70 and "16 network calls" in said
     for script, args, line in (
             (analog_bits, ["sample", "--prompt=The {3-5} is"], "blank of unknown length needs a m"),
             (analog_bits, ["--resume", "--code=bytes"], "which cannot become bytes"),
@@ -115,9 +96,11 @@ def test_train_sample_resume_and_the_wrong_script(tmp_path):
     assert torch.load(tmp_path / "bits/ckpt.pt", weights_only=True)["step"] == 21
 
 
-def test_bytes_of_a_text_that_is_not_ascii(tmp_path):
-    (tmp_path / "t.txt").write_text("Война и мир. " * 400, encoding="utf-8")
-    analog_bits.main([*TINY, f"--dataset={tmp_path}/t.txt", "--code=bytes", "--max_iters=3",
-                      f"--out={tmp_path}/b"])
-    r = run("analog_bits.py", "sample", f"--out={tmp_path}/b", "--prompt=Война{9}", "--steps=2")
-    assert r.stdout.startswith("Война")
+def test_bytes_of_a_text_that_is_not_ascii(tmp_path, capsys):
+    path = tmp_path / "t.txt"
+    path.write_text("Война и мир. " * 400, encoding="utf-8")
+    out = f"--out={tmp_path}/bytes"
+    analog_bits.main([*TINY, f"--dataset={path}", "--code=bytes", "--max_iters=3", out])
+    capsys.readouterr()
+    analog_bits.main(["sample", out, "--prompt=Война{9}", "--steps=2"])
+    assert capsys.readouterr().out.startswith("Война")

@@ -10,26 +10,23 @@ from torch import nn
 
 import config
 import diffusion
-import generate
 import model
 from config import Masked, Sample
 from diffusion import Autoregressive, MaskedDiffusion
 from train import build
 
-SCHEDULES = ["linear", "square", "cosine"]
 
+class Says(nn.Module):
+    """A network that says the same logits (V,) everywhere. calls: (x, t)."""
 
-class Uniform(nn.Module):
-    """A network that knows nothing: zero logits over V. It remembers what it was called with."""
-
-    def __init__(self, V):
+    def __init__(self, logits):
         super().__init__()
-        self.V = V
+        self.logits = logits
         self.calls = []
 
     def forward(self, x, t):
         self.calls.append((x, t))
-        return torch.zeros(*x.shape, self.V)
+        return self.logits.expand(*x.shape[:2], -1)
 
 
 class Table(nn.Module):
@@ -106,22 +103,10 @@ def fp32(monkeypatch):
 
 # ---- losses and bounds
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("loss", ["elbo", "pooled"])
-def test_uniform_network_scores_log_V(schedule, loss):
-    m = MaskedDiffusion(Uniform(7), 7, schedule, loss)
-    x0 = torch.randint(7, (16, 10))
-    assert m(x0).item() == pytest.approx(math.log(7), abs=1e-6)
-    nats, t = m.bound(x0, torch.rand(16), range(16))
-    assert torch.allclose(nats, torch.full((16,), math.log(7)))
-    assert ((t * 10).round() == t * 10).all()
-    assert Autoregressive(Uniform(7), 7)(x0).item() == pytest.approx(math.log(7), abs=1e-6)
-
-
 def test_rows_of_a_batch_are_masked_independently():
     """Each row has a stratum of mask rates; where in it, and which positions, is its own draw."""
     torch.manual_seed(0)
-    m = MaskedDiffusion(Uniform(3), 3)
+    m = MaskedDiffusion(Says(torch.zeros(3)), 3)
     N = 1000
     for _ in range(N):
         m(torch.zeros(3, 200, dtype=torch.long))
@@ -138,33 +123,16 @@ def test_rows_of_a_batch_are_masked_independently():
     assert (share - share.mean()).abs().max() < 5 * (0.25 / 3 / N) ** 0.5
 
 
-def test_bound_is_the_average_over_all_orders():
-    """Mean over k of the mean over subsets = mean over 24 orders of the chain rule, k/T fed."""
-    V, T = 3, 4
-    m = MaskedDiffusion(Table(V, T), V)
-    x0 = torch.tensor([2, 0, 1, 2])
-    chains = []
-    for order in itertools.permutations(range(T)):
-        nats = 0.0
-        for i, position in enumerate(order):
-            x = x0.clone()
-            x[list(order[i:])] = V
-            log_probs = m.net(x[None], torch.tensor([(T - i) / T])).log_softmax(-1)
-            nats -= log_probs[0, position, x0[position]].item()
-        chains.append(nats / T)
-    assert exact_bound(m, x0) == pytest.approx(np.mean(chains), abs=1e-5)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["linear", "square", "cosine"])
 def test_drawn_bound_and_elbo_loss_are_unbiased(schedule):
     torch.manual_seed(0)
     m = MaskedDiffusion(Table(3, 4), 3, schedule)
     x0 = torch.tensor([2, 0, 1, 2])
     exact = exact_bound(m, x0)
-    loss = torch.stack([m(x0.expand(8, 4)) for _ in range(3000)])
-    assert abs(loss.mean() - exact) < 5 * loss.std() / 3000 ** 0.5
-    nats, _ = m.bound(x0.expand(20000, 4), torch.rand(20000), range(20000))
-    assert abs(nats.mean() - exact) < 5 * nats.std() / 20000 ** 0.5
+    loss = torch.stack([m(x0.expand(8, 4)) for _ in range(1500)])
+    assert abs(loss.mean() - exact) < 4 * loss.std() / 1500 ** 0.5
+    nats, _ = m.bound(x0.expand(10000, 4), torch.rand(10000), range(10000))
+    assert abs(nats.mean() - exact) < 4 * nats.std() / 10000 ** 0.5
 
 
 def test_pooled_is_the_documents_loss():
@@ -191,29 +159,15 @@ def test_oracle_bound_is_the_exact_likelihood():
 
 
 def test_cosine_schedule_is_the_documents():
-    def documents(t, total_steps):                         # their own code, with the clip
-        ratio = t / total_steps
-        numerator = np.cos((ratio + 0.008) / (1 + 0.008) * np.pi / 2) ** 2
-        alpha_bar = numerator / np.cos(0.008 / (1 + 0.008) * np.pi / 2) ** 2
-        return np.clip(1 - alpha_bar, 0.0, 0.999)
-
-    t = torch.arange(101, dtype=torch.float64)
-    ours = diffusion.mask_rate("cosine", t / 100).numpy()
-    assert np.abs(ours - documents(t.numpy(), 100)).max() < 1e-14
+    """With the clip of their own code."""
+    ratio = np.arange(101) / 100
+    numerator = np.cos((ratio + 0.008) / (1 + 0.008) * np.pi / 2) ** 2
+    alpha_bar = numerator / np.cos(0.008 / (1 + 0.008) * np.pi / 2) ** 2
+    ours = diffusion.mask_rate("cosine", torch.from_numpy(ratio)).numpy()
+    assert np.abs(ours - np.clip(1 - alpha_bar, 0.0, 0.999)).max() < 1e-14
 
 
 # ---- the baseline
-
-def test_baseline_is_causal_and_sees_all_that_came_before():
-    m = small(objective="ar", block_size=8)
-    x = torch.randint(5, (1, 8))
-    before = m.logits(x)
-    for j in range(8):
-        y = x.clone()
-        y[0, j] = (y[0, j] + 1) % 5
-        changed = (m.logits(y) - before).abs().amax(-1)[0] > 0
-        assert changed.tolist() == [i > j for i in range(8)]
-
 
 @pytest.mark.parametrize("given", ["............", "###.........", "..##.#..####", "#.#.#.#.#.#."])
 def test_baseline_writes_what_it_would_without_a_cache(given, fp32):
@@ -229,43 +183,30 @@ def test_baseline_writes_what_it_would_without_a_cache(given, fp32):
     assert torch.equal(y[~known], m.logits(y).argmax(-1)[~known])
 
 
-def test_baseline_writes_a_long_text_window_by_window(fp32):
-    m = small(objective="ar")
-    frames = generate.write(m, torch.full((29,), 5), torch.arange(29) < 0, 12,
-                            Sample(temperature=0.0, n=2))
-    *_, (y, _) = frames
-    assert torch.equal(y[:, :12], m.logits(y[:, :12]).argmax(-1))
-    for start, new in ((6, 12), (12, 18), (17, 24)):
-        greedy = m.logits(y[:, start:start + 12]).argmax(-1)
-        assert torch.equal(y[:, new:start + 12], greedy[:, new - start:])
-
-
-def descend(m, batch, n, half, monkeypatch, init_scale=2.0 ** 16):
-    """n steps, if half in fp16 with a scaler; in the last all parameters have a gradient -> losses.
-    """
-    if half:
-        monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", torch.float16))
-    scaler = torch.amp.GradScaler("cpu", init_scale, enabled=half)
+def descend(m, x0, monkeypatch):
+    """Four steps in fp16 on x0; in the last all parameters have a gradient. -> the first loss"""
+    monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", torch.float16))
+    scaler = torch.amp.GradScaler("cpu", 2.0 ** 10)
     opt = torch.optim.AdamW(m.parameters(), 1e-2)
     losses = []
-    for _ in range(n):
+    for _ in range(4):
         opt.zero_grad()
-        loss = m(batch())
+        loss = m(x0)
         scaler.scale(loss).backward()
         scaler.step(opt)
         scaler.update()
         losses.append(loss.item())
-    assert scaler.get_scale() >= min(init_scale, 2.0 ** 10) or not half, "gradients overflowed"
+    assert scaler.get_scale() == 2.0 ** 10, "gradients overflowed"
     for name, p in m.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
-    return losses
+    return losses[0]
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("time", [False, True])
 @pytest.mark.parametrize("objective", ["masked", "ar"])
-def test_untrained_it_scores_log_V_and_every_parameter_trains(objective, half, monkeypatch):
-    c = Masked(objective=objective, time=not half, block_size=8, n_layer=2, n_head=2, n_embd=16)
+def test_untrained_it_scores_log_V_and_every_parameter_trains(objective, time, monkeypatch):
+    c = Masked(objective=objective, time=time, block_size=8, n_layer=2, n_head=2, n_embd=16)
     torch.manual_seed(0)
     m = build(c, {"alphabet": "abcde"})
-    losses = descend(m, lambda: torch.randint(5, (16, 8)), 4, half, monkeypatch, 2.0 ** 10)
-    assert losses[0] == pytest.approx(math.log(5), abs=1e-6)
+    loss = descend(m, torch.randint(5, (16, 8)), monkeypatch)
+    assert loss == pytest.approx(math.log(5), abs=1e-6)

@@ -58,7 +58,7 @@ def test_a_grid_is_filled_row_by_row():
     assert torch.equal(grid(picture, 1), picture[0])
 
 
-@pytest.mark.parametrize("patch", [1, 4, 14])
+@pytest.mark.parametrize("patch", [4, 14])
 def test_patches_are_squares_and_come_back_where_they_were(patch):
     """What a pixel says reaches its own place through the network, and one patch of its input."""
     net = randomized(Mnist(**NET, patch=patch)).net
@@ -111,9 +111,8 @@ def test_guidance_exaggerates_the_label():
 
 
 @pytest.mark.parametrize("recipe", MNIST_RECIPES)
-@pytest.mark.parametrize("patch", [4, 7])
-def test_every_parameter_gets_a_gradient(recipe, patch):
-    method = randomized(Mnist(**NET, **MNIST_RECIPES[recipe], patch=patch), std=0.05)
+def test_every_parameter_gets_a_gradient(recipe):
+    method = randomized(Mnist(**NET, **MNIST_RECIPES[recipe], patch=7), std=0.05)
     loss = method((torch.randint(256, (4, 784)), torch.tensor([1, 2, 3, -1])))
     loss.backward()
     assert loss.isfinite()
@@ -121,24 +120,13 @@ def test_every_parameter_gets_a_gradient(recipe, patch):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
 
 
-def test_the_same_seed_draws_the_same_digits():
-    method = randomized(Mnist(**NET), std=0.3)
-
-    def draw(seed, n=3):
-        s = ImageSampler(steps=3, sampler="ancestral", seed=seed)
-        return torch.stack([z for z, _ in sample_images(method, torch.arange(n), s)])
-
-    assert draw(1).shape == (3, 3, 28, 28)
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1)[0], draw(2)[0])
-
-
 def test_a_strip_is_looks_at_one_digit_from_noise_on():
     method = randomized(Mnist(**NET), std=0.3)
     s = ImageSampler(steps=20)
     frames = [z[0] for z, _ in sample_images(method, torch.tensor([7]), s)]
-    strip = noise_to_digit(method, torch.tensor([7]), s, n=4)
+    strip = noise_to_digit(method, torch.tensor([7]), s, n=4)      # of the same seed
     assert torch.equal(strip, torch.cat([frames[i] for i in (0, 6, 13, 19)], 1))
+    assert not torch.equal(strip, noise_to_digit(method, torch.tensor([7]), replace(s, seed=2), 4))
 
 
 def test_drawn_digits_have_the_size_of_handwritten_ones():
@@ -152,25 +140,6 @@ def test_drawn_digits_have_the_size_of_handwritten_ones():
         n = lines.sum(1)
         assert n.mean().item() == pytest.approx(size, abs=0.3)
         assert ((lines * pixel).sum(1) / n).mean().item() == pytest.approx(13.5, abs=0.2)
-
-
-@pytest.mark.parametrize("args, asked", [
-    (["--n=12"], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]), (["--n=2", "--digit=0"], [0, 0])])
-def test_digits_are_drawn_in_turn_or_all_the_same(args, asked, tmp_path, monkeypatch):
-    labels = []
-
-    def sample_batches(method, batch, s):
-        labels.extend(batch.tolist())
-        return torch.zeros(len(batch), 28, 28)
-
-    meta = {"data": {"name": "digits"}, "step": 1}
-    monkeypatch.setattr(mnist_ddpm, "load", lambda *_: (None, None, meta))
-    monkeypatch.setattr(mnist_ddpm, "sample_batches", sample_batches)
-    mnist_ddpm.main(["sample", f"--out={tmp_path}", *args])
-    assert labels == asked
-    columns = min(len(asked), 10)
-    shape = (-(-len(asked) // 10) * 28, columns * 28)
-    assert read_png((tmp_path / "samples.png").read_bytes()).shape == shape
 
 
 def test_train_sample_resume_and_the_wrong_script(tmp_path, monkeypatch, capsys):
@@ -189,6 +158,17 @@ def test_train_sample_resume_and_the_wrong_script(tmp_path, monkeypatch, capsys)
     assert "6 digits, 4 ddim steps, guidance 2\n" in capsys.readouterr().out
     assert read_png((tmp_path / "a.png").read_bytes()).shape == (28, 6 * 28)
     assert read_png((tmp_path / "strip.png").read_bytes()).shape == (28, 4 * 28)
+    asked = []
+
+    def sample_batches(method, labels, s):
+        asked.append(labels.tolist())
+        return torch.zeros(len(labels), 28, 28)
+
+    monkeypatch.setattr(mnist_ddpm, "sample_batches", sample_batches)
+    for args, shape in ((["--n=12"], (56, 280)), (["--n=2", "--digit=0"], (28, 56))):
+        mnist_ddpm.main(["sample", out, *args])
+        assert read_png((tmp_path / "mnist/samples.png").read_bytes()).shape == shape
+    assert asked == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1], [0, 0]]
     with pytest.raises(SystemExit, match="is a mnist checkpoint, not masked or ar$"):
         generate.main([out])
     for change in ("--predict=x0", "--recipe=ddpm"):

@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import config
@@ -27,23 +26,19 @@ def net(embed=None, causal=False, std=0.3, **k):
     return m.eval()
 
 
-@pytest.mark.parametrize("embed, x", [
-    (nn.Embedding(6, 16), torch.randint(6, (2, 12))), (nn.Linear(7, 16), torch.randn(2, 12, 7))])
-def test_tokens_or_vectors_in_fp32_out(embed, x):
-    for t in (torch.rand(2), torch.rand(2, 12)):
-        y = net(embed)(x, t)
-        assert y.shape == (2, 12, 3) and y.dtype == torch.float32
+def test_vectors_in_fp32_out():
+    y = net(nn.Linear(7, 16))(torch.randn(2, 12, 7), torch.rand(2, 12))
+    assert y.shape == (2, 12, 3) and y.dtype == torch.float32
 
 
-@pytest.mark.parametrize("size, time, millions", [
-    ((6, 6, 384), False, 10.7), ((6, 6, 384), True, 11.7),
-    ((4, 4, 128), False, 0.81), ((4, 4, 128), True, 0.92)])
-def test_full_size_parameter_counts(size, time, millions):
-    n_layer, n_head, n_embd = size
-    c = Masked(n_layer=n_layer, n_head=n_head, n_embd=n_embd, time=time)
-    m = Transformer(c, nn.Embedding(66, n_embd), 65)
-    n = sum(p.numel() for p in m.parameters()) / 1e6
-    assert n == pytest.approx(millions, abs=0.05 if millions > 1 else 0.005)
+@pytest.mark.parametrize("n, n_embd, time, millions", [
+    (6, 384, False, 10.7), (6, 384, True, 11.7), (4, 128, False, 0.81), (4, 128, True, 0.92)])
+def test_full_size_parameter_counts(n, n_embd, time, millions):
+    c = Masked(n_layer=n, n_head=n, n_embd=n_embd, time=time)
+    with torch.device("meta"):
+        m = Transformer(c, nn.Embedding(66, n_embd), 65)
+    n_parameters = sum(p.numel() for p in m.parameters())
+    assert n_parameters / 1e6 == pytest.approx(millions, rel=0.007)
 
 
 def test_untrained_blocks_are_the_identity():
@@ -81,14 +76,7 @@ def test_attention_by_hand(causal, fp32):
     assert torch.allclose(attn(x, m.rope), truth, atol=1e-4)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_is_the_fused_kernel(causal):
-    q, k, v = torch.randn(3, 2, 4, 9, 8)
-    fused = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    assert torch.allclose(model.attention(q, k, v, causal), fused, atol=1e-5)
-
-
-@pytest.mark.parametrize("causal, reach", [(False, 1), (True, 1), (False, 3), (True, 2)])
+@pytest.mark.parametrize("causal, reach", [(False, 3), (True, 2)])
 def test_neighbours_against_the_sum(causal, reach):
     torch.manual_seed(0)
     m = model.NeighbourConv(Masked(n_embd=16, n_head=2), causal, reach)

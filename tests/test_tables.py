@@ -1,5 +1,5 @@
 """Pretrained tables: each format written by hand, bad files, principal directions, and the way from
-a file through experiments/table.py into a run."""
+a file through experiments/table.py into a run of embed_diffusion.py."""
 import json
 from types import SimpleNamespace
 
@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run
+from conftest import ROOT, run
+from test_bits import TINY
+from test_embed import tiny
 
 import embed_diffusion
 import train
-from config import Embed, Masked
+from config import Masked
 from data import CharTokenizer
 from embed_diffusion import principal_rows, read_table
 from experiments import table
 
-TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16",
-        "--batch_size=8", "--max_iters=20", "--eval_interval=20", "--train_size=20000", "--dim=8"]
 KEY = "parametrizations.table.original"       # of the rows as they are learned, whatever their norm
 ALPHABET = " \nabé"
 NUMBERS = np.arange(60, dtype=np.float32).reshape(12, 5) - 7.5
@@ -52,31 +52,38 @@ def tensors(folder, numbers, vocabulary, kind="F32"):
 
 # formats
 
-@pytest.mark.parametrize("content", [
-    "a 1 2\nthe 9 9\nb -.5 3e-2\né 0 7\n",
-    "5 2\na 1 2\nthe 9 9\nb -.5 3e-2\né 0 7",                            # word2vec
-    "5 2 \na 1 2 \nthe 9 9 \nb -.5 3e-2 \né 0 7 \n",                     # fastText
-    "a 1 2\r\nthe 9 9\r\nb -.5 3e-2\r\né 0 7\r\n",
+READ_AS_IS = [
+    "5 2 \na 1 2 \nthe 9 9 \nb -.5 3e-2 \né 0 7 \n\u2581 3 4 \n\\n 5 6 \n",             # fastText
+    "a 1 2\r\nthe 9 9\r\nb -.5 3e-2\r\né 0 7\r\n\u2581 3 4\r\n\\n 5 6\r\n"]
+TO_BE_MADE = [
+    "5 2\na 1 2\nthe 9 9\nb -.5 3e-2\né 0 7\n  3 4\n<0x0A> 5 6",        # word2vec
     # longer tokens, a second a, tokens that are numbers, odd bytes
-    b"a 1 2\na . b 9 9\n7 9 9\na 8 8\nnan 9 9\nb -.5 3e-2\n. . . 9 9\n\xff 9 9\n\n\xc3\xa9 0 7\n"])
-@pytest.mark.parametrize("space, line", [
-    (" ", "\\n"), ("\u2581", "<0x0A>"), ("\u0120", "\u010a")])
-def test_text(content, space, line, tmp_path):
+    "a 1 2\na . b 9 9\n7 9 9\na 8 8\nnan 9 9\nb -.5 3e-2\n. . . 9 9\n\udcff 9 9\n\né 0 7\n"
+    "\u0120 3 4\n\u010a 5 6\n"]
+
+
+@pytest.mark.parametrize("content", [*READ_AS_IS, *TO_BE_MADE])
+def test_text(content, tmp_path):
     path = tmp_path / "glove.txt"
-    if isinstance(content, str):
-        content = content.encode()
-    path.write_bytes(content.rstrip() + f"\n{space} 3 4\n{line} 5 6\n".encode())
-    assert made(path) == {"a": [1, 2], "b": [-0.5, 0.03], "é": [0, 7], " ": [3, 4], "\n": [5, 6]}
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    expected = {"a": [1, 2], "b": [-0.5, 0.03], "é": [0, 7], " ": [3, 4], "\n": [5, 6]}
+    assert made(path) == expected
+    if content in READ_AS_IS:
+        rows = read_table(path, ALPHABET)
+        assert {ch: row.tolist() for ch, row in rows.items()} == expected
 
 
-@pytest.mark.parametrize("kind, numbers", [
-    ("F64", NUMBERS.astype("<f8")), ("F32", NUMBERS), ("F16", NUMBERS.astype("<f2")),
-    ("BF16", (NUMBERS.view("<u4") >> 16).astype("<u2"))])
-@pytest.mark.parametrize("vocabulary, places", [
-    (VOCABULARY, {"a": 2, " ": 3, "é": 4, "b": 5, "\n": 6}),
-    ([[token, -1.5] for token in TOKENS], {"a": 2, " ": 3, "é": 4, "b": 5, "\n": 6}),
+PLACES = {"a": 2, " ": 3, "é": 4, "b": 5, "\n": 6}
+
+
+@pytest.mark.parametrize("kind, numbers, vocabulary, places", [
+    ("F64", NUMBERS.astype("<f8"), VOCABULARY, PLACES),
+    ("F32", NUMBERS, [[token, -1.5] for token in TOKENS], PLACES),
     # as GPT-2, where é is the sign of a byte
-    ({"\u0120": 3, "\u010a": 4, "a": 2, "b": 7, "é": 1}, {"a": 2, " ": 3, "b": 7, "\n": 4})])
+    ("F16", NUMBERS.astype("<f2"), {"\u0120": 3, "\u010a": 4, "a": 2, "b": 7, "é": 1},
+     {"a": 2, " ": 3, "b": 7, "\n": 4}),
+    ("BF16", (NUMBERS.view("<u4") >> 16).astype("<u2"), VOCABULARY, PLACES)],
+    ids=["F64", "F32", "F16", "BF16"])
 def test_safetensors(kind, numbers, vocabulary, places, tmp_path):
     rows = made(tensors(tmp_path, numbers, vocabulary, kind))
     assert rows == {ch: NUMBERS[i].tolist() for ch, i in places.items()}
@@ -133,84 +140,99 @@ def test_a_bad_file_is_one_line(name, content, tokenizer, says, tmp_path):
     assert says in line and "\n" not in line
 
 
-# rows to begin with
+# tables that embed_diffusion.py reads
 
-def test_all_principal_directions_keep_every_angle():
-    rows = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).double()
-    centred = F.normalize(rows - rows.mean(0), dim=1)
-    known = dict(zip("abcdefgh", rows, strict=True))
-    for dim in (5, 16):
-        got = torch.stack([*principal_rows(known, dim).values()])
-        assert got.shape == (8, dim) and got.dtype == torch.float32
-        assert torch.allclose(got.double() @ got.double().T, centred @ centred.T, atol=1e-6)
-        assert torch.allclose(got.norm(dim=1), torch.ones(8))
-    # rows nearly on a line, far from the origin: one direction tells its ends apart
-    line = torch.tensor([[100, 1, 0.01], [100, 2, -0.01], [100, 8, 0.01], [100, 9, -0.01]])
-    ends = [row.item() for row in principal_rows(dict(enumerate(line)), 1).values()]
-    assert ends in ([1, 1, -1, -1], [-1, -1, 1, 1])
-
-
-def begun(path, alphabet, seed=5, **settings):
-    """The method that begins with the table at path, or if it is empty with none."""
+def begun(content, alphabet, path, seed=5, **settings):
+    """The state of a method that begins with a table of this content, or with none."""
+    path.write_text(content, encoding="latin-1")
     train.reseed(seed)
-    c = Embed(table=str(path), n_layer=1, n_head=1, n_embd=16, **settings)
+    c = tiny(table=str(path), **settings)
     method = embed_diffusion.build(c, {"alphabet": alphabet})
-    if path:
+    if content:
         data = SimpleNamespace(tokenizer=CharTokenizer(alphabet))
         embed_diffusion.load_table(method, data, c)
-    return method.state_dict()
+    return {**method.state_dict(), "table": method.table}
+
+
+@pytest.mark.parametrize("content, line", [
+    ("a 1 2\nb 1\n", "is no table"), ("a 1 two\n", "is no table"), ("a nan 1\n", "not finite"),
+    ("a 1e39 1\n", "not finite"), ("a 1 2\n", "no two different"),
+    ("a 0 0\nb 0 0\n", "no two different"), ("a 1 2\nb 1 2\n", "no two different"),
+    ("a .1 .2\nb .1 .2\nc .1 .2\n", "no two different"), ("\x00\xff\n", "no two different")])
+def test_a_bad_table_is_one_line(content, line, tmp_path):
+    with pytest.raises(SystemExit, match=line) as error:
+        begun(content, "abcdefgh", tmp_path / "t.txt")
+    assert "\n" not in str(error.value)
+
+
+def test_principal_rows_keep_the_widest_directions():
+    torch.manual_seed(0)
+    wide = torch.tensor([9.0, 5.0, 2.0, 0.5, 0.1]).double()
+    x = 3 + torch.randn(40, 5).double() * wide
+    rows = {chr(97 + i): row for i, row in enumerate(x)}
+    rows["unused"] = torch.zeros(5).double()               # was never trained
+    centred = F.normalize(x - x.mean(0), dim=1)
+    for dim in (5, 8):                                     # all directions keep every angle
+        got = torch.stack([*principal_rows(rows, dim).values()])
+        assert got.shape == (40, dim) and got.dtype == torch.float32
+        assert torch.allclose(got.double() @ got.double().T, centred @ centred.T, atol=1e-5)
+        assert (got[:, 5:] == 0).all()
+    few = torch.stack([*principal_rows(rows, 2).values()]).double()
+    _, axes = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0)))
+    flat = F.normalize((x - x.mean(0)) @ axes[:, [4, 3]], dim=1)
+    assert torch.allclose(few @ few.T, flat @ flat.T, atol=1e-5)
+    assert "unused" not in principal_rows(rows, 5)
+    at_the_mean = {"a": torch.tensor([2.0]), "b": torch.tensor([4.0]), "c": torch.tensor([3.0])}
+    assert principal_rows(at_the_mean, 1).keys() == {"a", "b"} and principal_rows({}, 3) == {}
 
 
 def test_what_is_missing_is_told_and_drawn(tmp_path, capsys):
     """Zeros say nothing, nor does a row at the mean; the rest of the network is as without."""
     path = tmp_path / "t.txt"
-    path.write_text("a 1 0 0\nb 0 1 0\nc 0 0 1\nz 0 0 0\n")
-    states = [begun(path, "a$bczq", seed, dim=3) for seed in (3, 3, 4)]
-    assert capsys.readouterr().out.count("t.txt lacks 3 of 6 characters: '$zq'") == 3
-    rows = states[0][KEY]
+    content = "a 1 0 0\nb 0 1 0\nc 0 0 1\nz 0 0 0\n"
+    first, again, other = (begun(content, "a$bczq", path, seed, dim=3) for seed in (3, 3, 4))
+    assert capsys.readouterr().out == f"{path} lacks 3 of 6 characters: '$zq'\n" * 3
+    rows = first[KEY]
     assert torch.allclose(rows.norm(dim=1), torch.ones(6))
+    assert torch.allclose(first["table"], 2.65 * rows)     # row_norm
     expected = torch.full((3, 3), -0.5) + 1.5 * torch.eye(3)
     assert torch.allclose(rows[[0, 2, 3]] @ rows[[0, 2, 3]].T, expected, atol=1e-6)
-    assert torch.equal(rows, states[1][KEY])
-    moved = (rows - states[2][KEY]).abs().amax(1) > 0
+    assert torch.equal(rows, again[KEY])
+    moved = (rows - other[KEY]).abs().amax(1) > 0
     assert moved.tolist() == [False, True, False, False, True, True]
-    for name, value in begun("", "a$bczq", 3, dim=3).items():
-        assert torch.equal(value, states[0][name]) == (name != KEY), name
-    path.write_text("a 1 0\nb 0 1\nc .5 .5\n")
-    begun(path, "abc", dim=2)
+    for name, value in begun("", "a$bczq", path, 3, dim=3).items():
+        assert torch.equal(value, first[name]) == (name not in (KEY, "table")), name
+    begun("a 1 0\nb 0 1\nc .5 .5\n", "abc", path, dim=2)
     assert "t.txt lacks 1 of 3 characters: 'c'" in capsys.readouterr().out
-    for same in ("a 1 2\n", "a .1 .2\nb .1 .2\nc .1 .2\n", "a 0 0\nb 0 0\n"):
-        path.write_text(same)
-        with pytest.raises(SystemExit, match="no two different embeddings"):
-            begun(path, "abc", dim=2)
 
 
-# runs
-
-def test_a_frozen_table_stays_and_a_learned_one_moves(tmp_path, capsys):
-    """The file of a table is needed only once."""
+def test_a_run_begins_with_its_table_and_reads_it_once(tmp_path, capsys):
+    """A frozen table stays and a learned one moves."""
     glove = tmp_path / "glove.txt"
     lines = [f"{chr(i)} {i % 7} {i * i % 11} {i % 3}\n" for i in range(33, 127)]
     glove.write_text("".join(lines))
     path = tmp_path / "new/table.txt"
-    done = run("-m", "experiments.table", glove, f"--out={path}", "--dataset=pydoc")
-    assert f"{path}: 9" in done.stdout and f"{glove} lacks " in done.stdout
+    said = run("-m", "experiments.table", glove, f"--out={path}", f"--dataset={ROOT}/config.py")
+    assert f"{path}: " in said.stdout and f"{glove} lacks " in said.stdout
     for train_table in (False, True):
-        out = tmp_path / f"run{train_table}"
-        embed_diffusion.main([*TINY, f"--train_table={train_table}", f"--table={path}",
-                              f"--out={out}"])
+        out = f"--out={tmp_path}/{train_table}"
+        embed_diffusion.main([*TINY, f"--train_table={train_table}", f"--table={path}", out])
         assert f"{path} lacks " in capsys.readouterr().out
-        state = torch.load(out / "best.pt", weights_only=True)
-        rows = principal_rows(read_table(path, state["alphabet"]), 8)
+        state = torch.load(tmp_path / f"{train_table}/ckpt.pt", weights_only=True)
+        rows = principal_rows(read_table(path, state["alphabet"]), 16)
+        assert len(rows) > 60
         ended = torch.stack([state["ema"][KEY][state["alphabet"].index(ch)] for ch in rows])
         rows = torch.stack([*rows.values()])
         assert torch.equal(ended, rows) != train_table
         assert F.cosine_similarity(ended, rows).mean() > 0.9
     path.unlink()
-    embed_diffusion.main(["--resume", f"--out={out}", "--max_iters=25"])
+    embed_diffusion.main(["sample", out, "--steps=2"])
+    embed_diffusion.main(["--resume", out, "--max_iters=25"])
     said = capsys.readouterr().out
     assert "max_iters: 20 -> 25" in said and "lacks" not in said
+    again = torch.load(tmp_path / "True/ckpt.pt", weights_only=True)
+    assert not torch.equal(again["model"][KEY], state["model"][KEY])
     with pytest.raises(SystemExit, match="table="):
-        embed_diffusion.main(["--resume", f"--out={out}", "--max_iters=30", "--table=x.txt"])
+        embed_diffusion.main(["--resume", out, "--max_iters=30", "--table=x.txt"])
     with pytest.raises(FileNotFoundError):
         embed_diffusion.main([*TINY, f"--table={path}", f"--out={tmp_path}/new"])

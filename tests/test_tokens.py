@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_diffusion import Says
 from test_gaussian import GREY, SCHEDULES, sampler
 from torch import nn
 
@@ -14,33 +15,16 @@ from train import evaluate
 
 P = 1 / torch.arange(1, 28, dtype=torch.float64)           # 27 symbols after Zipf, 3.969 bits
 P /= P.sum()
-TABLES = {
-    "bits": torch.tensor([[1.0 if i >> k & 1 else -1.0 for k in range(5)] for i in range(27)]),
-    "one-hot": torch.eye(27),
-    "unit": F.normalize(torch.randn(27, 16, generator=torch.Generator().manual_seed(0)), dim=1),
-    "unequal": torch.randn(27, 6, generator=torch.Generator().manual_seed(1))
-    * torch.linspace(0.5, 3, 27)[:, None],
-}
-UNIT = TABLES["unit"]
+BITS = torch.tensor([[1.0 if i >> k & 1 else -1.0 for k in range(5)] for i in range(27)])
+UNIT = F.normalize(torch.randn(27, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+UNEQUAL = torch.randn(27, 6, generator=torch.Generator().manual_seed(1))
+UNEQUAL *= torch.linspace(0.5, 3, 27)[:, None]
 WIDE = dict(gamma_min=-6.0, gamma_max=8.0)
 
 # three tokens, 0 and 1, that depend on each other
 JOINT = torch.tensor([0.3, 0.02, 0.1, 0.01, 0.05, 0.2, 0.02, 0.3], dtype=torch.float64)
 STATES = torch.tensor([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)])
 PAIR = torch.tensor([[-1.0, 1.0], [1.0, 1.0]])
-
-
-class Says(nn.Module):
-    """A network that says the same logits everywhere, and remembers what it was shown."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = logits
-        self.calls = []
-
-    def forward(self, x, t):
-        self.calls.append((x, t.expand(x.shape[:2])))
-        return self.logits.expand(*x.shape[:2], -1)
 
 
 class Context(nn.Module):
@@ -74,67 +58,47 @@ class Bayes(nn.Module):
         return (probs.log() - told.log_softmax(-1)).float()
 
 
-def joint(stagger):
-    return TokenDiffusion(Bayes(), PAIR, gamma_min=-4.0, gamma_max=6.0, stagger=stagger)
-
-
 def distance(y, p):
     """Total variation between tokens y (N, T) of 0 and 1, and p (2^T,)."""
     index = (y * 2 ** torch.arange(y.size(1) - 1, -1, -1)).sum(1)
     return (index.bincount(minlength=len(p)) / len(y) - p).abs().sum().item() / 2
 
 
-def source(n, T):
-    g = torch.Generator().manual_seed(0)
-    return torch.multinomial(P, n * T, replacement=True, generator=g).view(n, T)
-
-
 # ---- bounds and losses
 
-@pytest.mark.parametrize("stagger", [0, 3])
-@pytest.mark.parametrize("name", [*TABLES, "grey"])
-def test_a_silent_network_has_the_bound_log_V(name, stagger):
-    table = TABLES.get(name, GREY)
-    V = len(table)
-    m = TokenDiffusion(Says(torch.zeros(V)), table, stagger=stagger,
-                       gamma_min=-13.3 if name == "grey" else -8.0)
-    x0 = torch.randint(V, (1000, 8), generator=torch.Generator().manual_seed(0))
-    e = evaluate(m, x0, 8)
-    assert e["bound"] == pytest.approx(math.log(V), abs=max(0.015 * math.log(V), 4 * e["stderr"]))
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_a_network_that_knows_the_source_has_its_entropy(name):
+@pytest.mark.parametrize("table", [BITS, UNEQUAL], ids=["bits", "unequal"])
+def test_a_network_that_knows_the_source_has_its_entropy(table):
     """And with loss=elbo the training loss of every schedule is the integral of the bound."""
-    x0 = source(3000, 16)
+    g = torch.Generator().manual_seed(0)
+    x0 = torch.multinomial(P, 1500 * 16, replacement=True, generator=g).view(1500, 16)
     surprise = -P.log()[x0].mean().item()
-    m = TokenDiffusion(Says(P.log().float()), TABLES[name], **WIDE)
+    m = TokenDiffusion(Says(P.log().float()), table, **WIDE)
     assert evaluate(m, x0, 8)["bound"] == pytest.approx(surprise, abs=0.04)
     torch.manual_seed(0)
-    gamma = torch.full((3000, 1), -6.0, dtype=torch.float64)
+    gamma = torch.full((1500, 1), -6.0, dtype=torch.float64)
     x = m.embed_tokens(x0)
     ends = m.reconstruction(x0, q_sample(x, gamma, torch.randn(x.shape)), gamma).mean().item() / 16
     for schedule in SCHEDULES:
-        m = TokenDiffusion(m.net, TABLES[name], schedule, "elbo", **WIDE)
+        m = TokenDiffusion(m.net, table, schedule, "elbo", **WIDE)
         integral = sum(m(x0).item() for _ in range(8)) / 8
         tolerance = 0.15 if schedule == "sqrt" else 0.06
         assert integral + ends == pytest.approx(surprise, abs=tolerance), schedule
 
 
-@pytest.mark.parametrize("stagger", [0, 1, 6])
+@pytest.mark.parametrize("stagger", [0, 3])
 def test_of_a_joint_source_the_bound_is_the_entropy_and_samples_follow_it(stagger):
     """In any order; and with the first token given, the others follow p(x_1, x_2 | x_0 = 1)."""
-    m = joint(stagger)
+    m = TokenDiffusion(Bayes(), PAIR, gamma_min=-4.0, gamma_max=6.0, stagger=stagger)
     g = torch.Generator().manual_seed(0)
-    code = torch.multinomial(JOINT, 12000, replacement=True, generator=g)
-    e = evaluate(m, STATES[code], 8, batch_size=4000)
+    code = torch.multinomial(JOINT, 6000, replacement=True, generator=g)
+    e = evaluate(m, STATES[code], 8, batch_size=2000)
     assert e["bound"] == pytest.approx(-JOINT.log()[code].mean().item() / 3, abs=0.03)
     torch.manual_seed(0)
     s = sampler(steps=25 * (1 + stagger), sampler="ancestral")
-    x = torch.ones(3000, 3, dtype=torch.long)
+    x = torch.ones(2000, 3, dtype=torch.long)
     *_, (y, _) = m.sample(x, x < 0, s)
     assert distance(y, JOINT) < 0.05
-    known = torch.tensor([True, False, False]).expand(3000, 3)
+    known = torch.tensor([True, False, False]).expand(2000, 3)
     *_, (y, _) = m.sample(x, known, s)
     assert (y[:, 0] == 1).all() and distance(y[:, 1:], JOINT[4:] / JOINT[4:].sum()) < 0.04
 
@@ -151,21 +115,6 @@ def test_an_oracle_returns_the_tokens_and_its_bound_is_the_kl_of_the_end():
         assert torch.equal(y, x0) and (p == 1).all()
 
 
-@pytest.mark.parametrize("kind, worst", [("ddim", 0.2), ("ancestral", 0.08)])
-def test_samples_of_a_known_source_have_its_distribution(kind, worst):
-    """log p with what z says is the exact denoiser: many steps draw from the source, few do not; td
-    narrows it, more under DDIM, where it compounds."""
-    p = torch.tensor([0.5, 0.25, 0.15, 0.1])
-    m = TokenDiffusion(Says(p.log()), 2 * torch.eye(4) - 1, **WIDE)
-    far = []
-    for steps, td in ((100, 0), (1, 0), (100, 2)):
-        torch.manual_seed(0)
-        x = torch.zeros(2000, 10, dtype=torch.long)
-        *_, (y, _) = m.sample(x, x > 0, sampler(steps=steps, td=td, sampler=kind))
-        far.append((y.flatten().bincount(minlength=4) / y.numel() - p).abs().sum().item() / 2)
-    assert far[0] < 0.02 and far[1] > 0.1 and far[2] > worst, far
-
-
 @pytest.mark.parametrize("stagger", [0, 3])
 def test_losses_are_means_over_the_tokens_that_are_not_known(stagger):
     torch.manual_seed(0)
@@ -176,7 +125,7 @@ def test_losses_are_means_over_the_tokens_that_are_not_known(stagger):
     ce = TokenDiffusion(silent, UNIT, output_prior=False, prompts=0.9, stagger=stagger, **WIDE)
     assert ce(x0).item() == pytest.approx(math.log(27), abs=1e-4)
     elbo = TokenDiffusion(silent, UNIT, loss="elbo", stagger=stagger, prompts=0.3, **WIDE)
-    nats = sum(elbo(x0).item() for _ in range(400)) / 400
+    nats = sum(elbo(x0).item() for _ in range(150)) / 150
     assert nats == pytest.approx(math.log(27), abs=0.2)
 
 
@@ -215,21 +164,21 @@ def test_known_tokens_are_shown_clean_and_give_no_gradient(loss, monkeypatch):
 def test_position_times():
     """All begin as noise and end clean, each in a 1 / (1 + stagger)-th of the time, evenly
     spaced in the order of rand; what is known has no place in it."""
-    t = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     rand = torch.rand(5, 40, generator=torch.Generator().manual_seed(0))
     known = torch.zeros(5, 40, dtype=torch.bool)
     for n_known in (0, 10):
         known[:, :n_known] = True
         n = 40 - n_known
         parts = [position_times(now.expand(5, 1), rand, 3.0, known) for now in t]
-        t_pos, dt_pos = (torch.stack(part)[:, ~known].view(2001, 5, n)
+        t_pos, dt_pos = (torch.stack(part)[:, ~known].view(1001, 5, n)
                          for part in zip(*parts, strict=True))
         assert (t_pos[0] == 0).all() and (t_pos[-1] == 1).all() and (t_pos.diff(dim=0) >= 0).all()
         assert set(dt_pos.unique().tolist()) == {0, 4}
-        assert torch.allclose((dt_pos > 0).double().mean(0), torch.tensor(0.25).double(), atol=1e-3)
-        clean_until = (t_pos == 0).sum(0).double() / 2001
+        assert torch.allclose((dt_pos > 0).double().mean(0), torch.tensor(0.25).double(), atol=2e-3)
+        clean_until = (t_pos == 0).sum(0).double() / 1001
         evenly = 0.75 * (torch.arange(n) + 0.5).double() / n
-        assert torch.allclose(clean_until.sort(1).values, evenly.expand(5, n), atol=2e-3)
+        assert torch.allclose(clean_until.sort(1).values, evenly.expand(5, n), atol=4e-3)
         assert torch.equal(clean_until.argsort(1), rand[~known].view(5, n).argsort(1))
     together, speed = position_times(t[:, None], None, 0, None)
     assert torch.equal(together, t[:, None]) and (speed == 1).all()
@@ -252,12 +201,11 @@ def test_prompt_masks():
 # ---- what the network is shown
 
 def test_the_posterior_is_fed_and_added():
-    table = TABLES["unequal"]
-    m = TokenDiffusion(Says(P.log().float()), table, self_cond=True, feed_posterior=True)
+    m = TokenDiffusion(Says(P.log().float()), UNEQUAL, self_cond=True, feed_posterior=True)
     z = torch.randn(2, 5, 6).double()
     gamma = torch.tensor([[-1.0], [1.0]]).double()
     logits = m.logits(z, gamma, None, z * 0 + 0.5)
-    told = log_likelihood(z, gamma, table.double()).log_softmax(-1)
+    told = log_likelihood(z, gamma, UNEQUAL.double()).log_softmax(-1)
     shown, posterior, before = m.net.calls[0][0].split([6, 27, 6], -1)
     assert torch.equal(shown, z.float()) and (before == 0.5).all()
     assert torch.allclose(posterior.double(), told.exp(), atol=1e-6)
