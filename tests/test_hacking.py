@@ -1,15 +1,34 @@
-"""docs/hacking.md, done as it says in a copy of the tree."""
+"""docs/hacking.md, done as it says in a copy of the tree; what README.md says to type, typed, and
+what it says is printed, as results/outputs.md has it."""
 import importlib.util
+import io
+import json
 import re
 import shlex
 import shutil
+import sys
+import textwrap
 
 import torch
-from conftest import ROOT, TINY, read_state, run
+from conftest import ROOT, TINY, end, read_state, start
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = (r"[Ii]n\s`([\w.]+)`,\s(above|instead of)\s(?:the line that begins with )?`([^`\n]+)`,"
          r"\stype\n\n((?:    .*\n|\n(?=    ))+)")
 COMMAND = r"python (?:-m )?[\w.]+[^`\n]*|(?<=`)--\w+=\"[^`]+"
+
+# Commands, one after another in one process: importing torch takes longer than all of them.
+COMMANDS = """
+import json, runpy, sys
+for name, args in json.loads(sys.argv[1]).items():
+    print("typed:", name, flush=True)
+    sys.argv = args
+    run = runpy.run_path if args[0].endswith(".py") else runpy.run_module
+    try:
+        run(args[0], run_name="__main__")
+    except SystemExit as error:
+        assert not error.code, error
+"""
 
 
 def type_in(path, where, line, block):
@@ -22,6 +41,26 @@ def type_in(path, where, line, block):
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def made_short(command, corpus):
+    """The arguments of a command of the page, and what makes it short."""
+    args = shlex.split(command.removeprefix("python ").removeprefix("-m "))
+    if args[0].startswith("--"):
+        args = ["train.py", *args]
+    if "evaluation" in args:
+        return [*args, corpus]
+    if "generate.py" in args or "sample" in args:
+        return [*args, "--steps=4"]
+    return [*args, *TINY, corpus, "--max_iters=2"]
+
+
+def type_commands(commands, cwd):
+    """{command: its arguments} -> {command: what it printed}"""
+    code, out = end(start("-c", COMMANDS, json.dumps(commands), cwd=cwd))
+    assert code == 0, out
+    parts = re.split(r"(?m)^typed: (.*)\n", out)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
 def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
     for folder in ("evaluation", "experiments"):
         shutil.copytree(ROOT / folder, copy / folder)
@@ -29,26 +68,19 @@ def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
     text.write_text("".join(f"ROMEO: {i * i} is what I say.\n" for i in range(400)))
     corpus = f"--dataset={text}"
 
-    # blocks and commands, in their order; the commands are made short
+    # blocks and commands, in their order; with the new network old checkpoints no longer load
     page = (ROOT / "docs/hacking.md").read_text(encoding="utf-8")
     page = page.partition("## Five changes")[2].partition("\n## ")[0]
     said = {}
-    for found in re.finditer(f"{BLOCK}|({COMMAND})", page):
-        file, where, line, block, command = found.groups()
-        if block:
-            type_in(copy / file, where, line, block)
-            continue
-        args = shlex.split(command.removeprefix("python "))
-        if args[0].startswith("--"):
-            args = ["train.py", *args]
-        if "evaluation" in args:
-            args.append(corpus)
-        elif "generate.py" in args or "sample" in args:
-            args.append("--steps=4")
-        else:
-            args += [*TINY, corpus, "--max_iters=2"]
-        done = run(*args, cwd=copy)
-        said[command] = done.stdout + done.stderr
+    for part in page.partition("**Another network**")[::2]:
+        commands = {}
+        for found in re.finditer(f"{BLOCK}|({COMMAND})", part):
+            file, where, line, block, command = found.groups()
+            if block:
+                type_in(copy / file, where, line, block)
+            else:
+                commands[command] = made_short(command, corpus)
+        said |= type_commands(commands, copy)
     assert len(said) == 10, list(said)
 
     # a schedule and an order
@@ -75,3 +107,33 @@ def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
     assert "ROMEO:" in said['python -m experiments.uniform sample --prompt="ROMEO:{40}"']
     measured = said["python -m evaluation --out=out/uniform --n=0"]
     assert re.search(r"out/uniform \| uniform \| [\d,]+ \| 2 \| \d", measured)
+
+
+def test_the_lines_from_python_write(monkeypatch):
+    """Also where stdout is no file, as in a notebook."""
+    lines = textwrap.dedent(re.search(r"    from config import.*?(?=\n\n)", README, re.S)[0])
+    assert len(lines.splitlines()) == 3
+    for long, short in (("Sample(", 'Sample(out="results/masked.pt", steps=8, '), ("-60}", "-23}")):
+        assert long in lines
+        lines = lines.replace(long, short)
+    shown = io.StringIO()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "stdout", shown)
+    exec(lines, {})
+    texts = re.split(r"\n\n(?=ROMEO:)", shown.getvalue().removesuffix("\n"))
+    assert len(texts) == 2
+    for text in texts:
+        assert re.fullmatch(r"ROMEO:.{20,23}JULIET:", text, re.S) and "·" not in text
+
+
+def test_what_is_printed_is_what_was_printed():
+    """Commands and their output as experiments/outputs.sh wrote them down."""
+    printed = (ROOT / "results/outputs.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?m)^    \$ python .*\n(?:(?:    .*)?\n)*?(?=\n\S|\n    \$)", README)
+    assert len(blocks) == 3
+    for block in blocks:
+        assert block in printed, block
+    lines = re.findall(r"(?m)^    (real|AR|masks|embeddings|bits)   +(.{64})$", README)
+    assert len(lines) == 5
+    for name, text in lines:
+        assert f"    {name:<12} {text}\n" in printed, name

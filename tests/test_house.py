@@ -10,12 +10,11 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT
 
-import config
 from evaluation.likelihood import Evaluate
 from experiments import readme
-from test_config import all_settings
+from test_config import SCRIPTS, all_settings
 
 TOP = sorted(ROOT.glob("*.py"))
 TREE = [*TOP, *sorted(ROOT.glob("evaluation/*.py")), *sorted(ROOT.glob("experiments/*.py"))]
@@ -36,12 +35,6 @@ ARROWS = {
     "train": {"config", "model", "data", "diffusion", "checkpoint", "step"},
     "generate": {"config", "data", "step", "train", "checkpoint"},
     "analog_bits": CORE, "embed_diffusion": CORE, "mnist_ddpm": CORE,
-}
-SCRIPTS = {
-    "train.py": config.Masked, "generate.py": config.Sample,
-    "analog_bits.py": config.Bits, "analog_bits.py sample": config.CodeSampler,
-    "embed_diffusion.py": config.Embed, "embed_diffusion.py sample": config.EmbedSampler,
-    "mnist_ddpm.py": config.Mnist, "mnist_ddpm.py sample": config.ImageSampler,
 }
 REPEATED = {"build", "main", "sample", "SETTINGS", "SAMPLER"}     # every script has its own
 SET_FROM_OUTSIDE = {      # rows and counts that data fill, and what torch offers no function for
@@ -125,18 +118,23 @@ def test_a_file_is_read_line_by_line(name):
 
 
 @EVERY_FILE
-def test_one_statement_and_one_assignment_a_line(name):
+def test_no_shortcuts(name):
+    """Two statements or assignments on a line, getattr with a default, a ternary among a call's
+    arguments, a list times a truth value; an attribute set from outside: only self has some, and a
+    Progress, which is nothing else."""
     starts = [n.lineno for n in nodes(name, ast.stmt)]
     assert len(starts) == len(set(starts)), "two statements on a line"
+    assigned = [n.target for n in nodes(name, ast.AugAssign, ast.AnnAssign)]
     for n in nodes(name, ast.Assign):
         assert len(n.targets) == 1, n.lineno
         both = isinstance(n.targets[0], ast.Tuple) and isinstance(n.value, ast.Tuple)
         assert not both, n.lineno
-
-
-@EVERY_FILE
-def test_no_shortcuts(name):
-    """getattr with a default, a ternary among a call's arguments, a list times a truth value."""
+        assigned.append(n.targets[0])
+    for x in assigned:
+        if isinstance(x, ast.Attribute):
+            what = ast.unparse(x)
+            is_own = what.split(".")[0] in ("self", "progress")
+            assert is_own or f"{name}: {what}" in SET_FROM_OUTSIDE, what
     for n in nodes(name, ast.Call):
         assert ast.unparse(n.func) != "getattr" or len(n.args) < 3, n.lineno
         values = [*n.args, *(keyword.value for keyword in n.keywords)]
@@ -150,25 +148,17 @@ def test_no_shortcuts(name):
 
 
 @EVERY_FILE
-def test_no_attribute_is_set_from_outside(name):
-    """Only self has attributes set, and a Progress, which is nothing else."""
-    targets = [x for n in nodes(name, ast.Assign) for x in n.targets]
-    targets += [n.target for n in nodes(name, ast.AugAssign, ast.AnnAssign)]
-    for x in targets:
-        if isinstance(x, ast.Attribute):
-            what = ast.unparse(x)
-            assert what.split(".")[0] in ("self", "progress") or f"{name}: {what}" in \
-                SET_FROM_OUTSIDE, what
-
-
-@EVERY_FILE
-def test_a_long_function_has_headings(name):
+def test_files_and_long_functions_say_what_they_are(name):
+    """A file and from 15 lines on a function has a docstring; from 40 lines on, headings."""
+    assert ast.get_docstring(TREES[name])
     lines = SOURCES[name].splitlines()
     for n in nodes(name, ast.FunctionDef):
         body = lines[n.lineno:n.end_lineno]
         if len(body) >= 40:
             headings = sum(line.strip().startswith("# ") for line in body)
             assert headings >= len(body) / 40, f"{n.name} has {len(body) + 1} lines"
+        if len(body) >= 15 and "/" not in name:
+            assert ast.get_docstring(n) or n.name in UNSAID, n.name
 
 
 def test_lines_are_short_and_lambdas_few():
@@ -186,14 +176,6 @@ def test_no_name_is_defined_in_two_files():
             if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name not in REPEATED:
                 assert n.name not in defined, f"{n.name} is in {name} and {defined[n.name]}"
                 defined[n.name] = name
-
-
-@EVERY_FILE
-def test_files_say_what_they_are_and_long_functions_what_they_do(name):
-    assert ast.get_docstring(TREES[name])
-    for n in nodes(name, ast.FunctionDef) if "/" not in name else []:
-        is_long = n.end_lineno - n.lineno >= 15
-        assert not is_long or ast.get_docstring(n) or n.name in UNSAID, n.name
 
 
 # -------------------------------------------------------------------------------------------------
@@ -216,27 +198,6 @@ def test_settings_are_few_and_every_one_says_what_it_is():
     for settings in all_settings():
         head = inspect.getsource(settings).partition("):")[2].splitlines()[0]
         assert head.strip().startswith("#"), settings      # what it is of
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_the_settings(script):
-    out = run(*script.split(), "--help").stdout
-    for f in dataclasses.fields(SCRIPTS[script]):
-        assert f"    {f.name}: " in out
-
-
-def test_scripts_and_samplers_are_what_they_say():
-    """SETTINGS and SAMPLER, by which evaluation and experiments find what a checkpoint needs."""
-    for script, settings in SCRIPTS.items():
-        stem, _, kind = script.partition(".py")
-        if stem == "generate":
-            continue
-        module = __import__(stem)
-        if kind:
-            assert module.SAMPLER is settings
-        else:
-            assert module.SETTINGS is settings
-            assert [*inspect.signature(module.build).parameters] == ["c", "meta"]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -306,13 +267,9 @@ def test_tables_are_what_results_say():
     assert re.findall(r"<!-- table: (\S+) -->", README) == ["four"]
     changed, differ = readme.rebuilt(DOCS["masked.md"].replace("1.549", "1.449"))
     assert changed == DOCS["masked.md"] and differ == ["samples"]
-
-
-def test_a_row_that_is_gone_is_told():
-    with pytest.raises(KeyError, match="no row 'nobody'"):
-        readme.found("masked", "nobody", "calls")
-    with pytest.raises(KeyError, match="no row"):
-        readme.found("masked:9", "results/masked.pt", "calls")
+    for part, row in (("masked", "nobody"), ("masked:9", "results/masked.pt")):
+        with pytest.raises(KeyError, match="no row"):
+            readme.found(part, row, "calls")
 
 
 def test_no_path_of_a_machine_in_any_file():
