@@ -9,32 +9,40 @@ import types
 import pytest
 import torch
 from conftest import end, run, start
-from test_evaluate import text_file
+from test_evaluate import drawn, save, tables_of, text_file
 
+import analog_bits
+import config
 import embed_diffusion
 import train
-from config import Embed, Masked, Sample
+from config import Bits, Embed, Masked, Sample
 from data import Text
-from evaluation import bench, likelihood
-from evaluation.diagnostics import bigram_information, diagnostics
+from evaluation import __main__ as command
+from evaluation import bench, diagnostics, likelihood
 from evaluation.likelihood import Evaluate, corpus, open_checkpoint
-
-TINY = ["--dataset=pydoc", "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32",
-        "--batch_size=8", "--max_iters=120", "--eval_interval=60"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def runs(tmp_path_factory):
+    """A folder with text.txt and networks of it in folders of their own."""
     folder = tmp_path_factory.mktemp("runs")
-    run("train.py", *TINY, f"--out={folder}/masked")
-    run("train.py", *TINY, "--objective=ar", "--train_size=2000", f"--out={folder}/ar")
-    run("analog_bits.py", *TINY, "--code=bytes", f"--out={folder}/bits")
+    tiny = dict(dataset=str(text_file(folder)), n_layer=1, n_head=1, n_embd=16)
+    for name, method, script, c in [
+            ("masked", "masked", train, Masked(**tiny, block_size=32)),
+            ("ar", "ar", train, Masked(**tiny, block_size=32, objective="ar", train_size=64)),
+            ("short", "ar", train, Masked(**tiny, block_size=12, objective="ar")),
+            ("bits", "bits", analog_bits, Bits(**tiny, block_size=32, code="bytes"))]:
+        meta = Text(c, is_bytes=name == "bits").meta
+        save(folder / name, method, script, c, meta, drawn(script, c, meta))
+    c = Embed(**tiny, block_size=32)
+    torch.manual_seed(0)
+    save(folder / "embed", "embed", embed_diffusion, c, meta, embed_diffusion.build(c, meta))
     return folder
 
 
 def test_a_script_that_somebody_adds_can_be_evaluated_and_nothing_else_is_imported(
-        trained, tmp_path, monkeypatch):
-    state = torch.load(trained / "masked/best.pt", weights_only=True)
+        runs, tmp_path, monkeypatch):
+    state = torch.load(runs / "masked/best.pt", weights_only=True)
 
     def saved_as(script):
         torch.save({**state, "script": script, "method": "mine"}, tmp_path / "a.pt")
@@ -59,14 +67,14 @@ def test_a_script_that_somebody_adds_can_be_evaluated_and_nothing_else_is_import
         open_checkpoint(saved_as("config"))
 
 
-def test_another_text_than_the_checkpoint_was_trained_on_is_refused(trained, tmp_path):
-    checkpoint = open_checkpoint(trained / "masked")
-    assert corpus(checkpoint, Evaluate()) is corpus(checkpoint, Evaluate())
+def test_another_text_than_the_checkpoint_was_trained_on_is_refused(runs):
+    checkpoint = open_checkpoint(runs / "masked")
+    s = Evaluate(dataset=f"{runs}/text.txt")
+    assert corpus(checkpoint, s) is corpus(checkpoint, s)
+    with pytest.raises(SystemExit, match="pass its path, --dataset=PATH"):
+        corpus(checkpoint, Evaluate())
     checkpoint.meta["data"] = {"name": "pydoc", "sha256": "0"}
     with pytest.raises(SystemExit, match="was trained on another pydoc"):
-        corpus(checkpoint, Evaluate())
-    checkpoint.meta["data"] = {"name": "file my.txt", "sha256": "0"}
-    with pytest.raises(SystemExit, match="pass its path, --dataset=PATH"):
         corpus(checkpoint, Evaluate())
 
 
@@ -79,28 +87,21 @@ def test_too_few_for_an_error_is_refused(typed):
 
 # python -m evaluation
 
-def tables_of(out):
-    """Markdown -> [(title, [cells of each row])]"""
-    found = re.findall(r"\n(.+)\n\n\|.*\n\|---.*\n((?:\|.*\n)+)", out)
-    return [(title, [line.strip("| ").split(" | ") for line in rows.splitlines()])
-            for title, rows in found]
-
-
-def test_evaluation_prints_every_table(trained):
+def test_evaluation_prints_every_table(runs, capsys):
     """Two checkpoints that are the same differ by exactly nothing; the baseline, trained on less,
     has no masks and so no error from them; bits of bytes read the same text, with a sampler of
     their own."""
     names = ["masked", "masked/best.pt", "ar", "bits"]
-    out = run("-m", "evaluation", f"--out={','.join(f'{trained}/{name}' for name in names)}",
-              "--n=3", "--exact=2", "--steps=8", "--gaussian_steps=4", "--two_pass",
-              f"--eval_model={trained}/ar", "--windows=50").stdout
-    assert re.match(r"`python -m evaluation --out=.*` at commit .*PyTorch", out)
+    command.main([f"--out={','.join(f'{runs}/{name}' for name in names)}", "--n=3", "--exact=2",
+                  "--steps=8", "--gaussian_steps=4", "--two_pass", f"--eval_model={runs}/ar",
+                  "--windows=40", f"--dataset={runs}/text.txt"])
+    out = capsys.readouterr().out
     assert out.count("\nSample(") == out.count("\nCodeSampler(") == 1
-    W = len(corpus(open_checkpoint(trained / "masked"), Evaluate()).val)
     titles, tables = zip(*tables_of(out), strict=True)
     bounds, by_mask, samples, firsts, per_byte, by_time, ce, of_bits, _ = tables
-    assert titles[0] == f"pydoc, held out: 50 of {W:,} windows of 32 chars"
-    assert re.fullmatch(r"pydoc, held out: 50 of 1,\d+ windows of 32 bytes", titles[4])
+    W = len(corpus(open_checkpoint(runs / "masked"), Evaluate(dataset=f"{runs}/text.txt")).val)
+    assert titles[0] == f"file text.txt, held out: 40 of {W:,} windows of 32 chars"
+    assert titles[4] == f"file text.txt, held out: 40 of {W:,} windows of 32 bytes"
     assert (titles[1], titles[5]) == ("nats by share masked", "nats by time")
     assert [row[1] for row in bounds] == ["masked", "masked", "ar"]
     assert [row[1] for row in per_byte] == ["bits"]
@@ -111,38 +112,39 @@ def test_evaluation_prints_every_table(trained):
     assert titles[6].startswith("cross-entropy") and float(ce[0][1]) < float(ce[0][5]) < 6
 
     # samples; overlap and known words of each are of its own training text
-    assert titles[2] == f"samples, pydoc, windows of 32; generative NLL by {trained}/ar"
+    assert titles[2] == f"samples, file text.txt, windows of 32; generative NLL by {runs}/ar"
     assert all(row[1] == "3" for row in [*samples, *of_bits])
     held_out, own, first, same, ar = samples
     assert "held out" in held_out[0] and "the evaluation model's own" in own[0]
     assert first[1:-1] == same[1:-1] and float(ar[7].split()[0]) < float(first[7].split()[0])
     assert first[10] == "8.0" and ar[10] == own[10] == "32.0" and of_bits[-1][10] == "8.0"
     assert [row[0] for row in firsts] == [row[0] for row in samples]
-    assert all(len(row[1]) > 30 for row in firsts)
+    assert all(len(row[1]) == 32 for row in firsts)
     assert firsts[2][1] == firsts[3][1] != firsts[1][1]
 
 
-def test_ctrl_c_ends_it_without_a_traceback(trained):
-    process = start("-u", "-m", "evaluation", f"--out={trained}/masked", "--n=0", "--draws=1000")
+def test_ctrl_c_ends_it_without_a_traceback(runs):
+    process = start("-u", "-m", "evaluation", f"--out={runs}/masked", "--n=0", "--draws=1000",
+                    f"--dataset={runs}/text.txt")
+    said = []
     for line in process.stdout:
-        if "checkpoint" in line:
+        said.append(line)
+        if line.startswith("| checkpoint"):
             break
     process.send_signal(signal.SIGINT)
     code, out = end(process)
+    assert re.match(r"`python -m evaluation --out=.*` at commit .*PyTorch", said[0])
     assert code == 130 and "Traceback" not in out
 
 
-def test_an_evaluation_model_of_shorter_windows_scores_in_pieces_and_writes_nothing(
-        trained, tmp_path):
-    run("train.py", *TINY, "--max_iters=10", "--objective=ar", "--block_size=12",
-        f"--out={tmp_path}/ar")
-    out = run("-m", "evaluation", f"--out={trained}/masked", f"--eval_model={tmp_path}/ar",
-              "--bound=False", "--n=2", "--steps=2").stdout
-    (_, rows), _ = tables_of(out)
+def test_an_evaluation_model_of_shorter_windows_scores_in_pieces_and_writes_nothing(runs, capsys):
+    typed = [f"--out={runs}/masked", f"--dataset={runs}/text.txt", "--bound=False", "--n=2",
+             "--steps=2"]
+    command.main([*typed, f"--eval_model={runs}/short"])
+    (_, rows), _ = tables_of(capsys.readouterr().out)
     assert len(rows) == 2 and "±" in rows[1][2]
-    done = run("-m", "evaluation", f"--out={trained}/masked", f"--eval_model={trained}/masked",
-               "--bound=False", "--n=2", code=1)
-    assert "an evaluation model is trained with --objective=ar" in done.stderr
+    with pytest.raises(SystemExit, match="an evaluation model is trained with --objective=ar"):
+        command.main([*typed, f"--eval_model={runs}/masked"])
 
 
 # diagnostics
@@ -151,46 +153,38 @@ def test_bigram_information():
     """Of a text whose next character is decided by this one, the entropy of a character; of a text
     in any order nothing."""
     x = torch.arange(64 * 100).view(64, 100) % 4
-    assert bigram_information(x) == pytest.approx(2, abs=0.01)
+    assert diagnostics.bigram_information(x) == pytest.approx(2, abs=0.01)
     x = torch.randint(4, (64, 100), generator=torch.Generator().manual_seed(1))
-    assert bigram_information(x) == pytest.approx(0, abs=0.01)
+    assert diagnostics.bigram_information(x) == pytest.approx(0, abs=0.01)
 
 
-def test_diagnostics_of_an_untrained_table(tmp_path):
+def test_diagnostics_of_an_untrained_table(runs, capsys):
     """The table's rows have the norm that was asked for; an untrained network's samples say nothing
     of their neighbours; the unigram is that of the text."""
-    c = Embed(dataset=str(text_file(tmp_path)), block_size=24, n_layer=1, n_head=1, n_embd=16)
-    data = Text(c)
-    torch.manual_seed(0)
-    method = embed_diffusion.build(c, data.meta).eval()
-    table = diagnostics(method, data, embed_diffusion.SAMPLER(steps=5))
-    (unigram, *ce), (norm, nearest), (_, order, order_of_text) = [
-        [float(row[1]) for row in table.rows[i:j]] for i, j in ((0, 6), (6, 8), (8, 11))]
+    diagnostics.main([f"--out={runs}/embed", f"--dataset={runs}/text.txt"])
+    (_, rows), = tables_of(capsys.readouterr().out)
+    unigram, *ce, norm, nearest, _, order, order_of_text = [float(value) for _, value in rows]
     assert norm == 2.65 and 0 < nearest < 2 * 2.65
+    data = Text(Masked(dataset=f"{runs}/text.txt", block_size=32))
     counts = torch.bincount(data.train.long(), minlength=len(data.tokenizer)) + 1
     bits = -(counts / counts.sum()).log2()
     assert unigram == pytest.approx(bits[data.val.long()].mean().item(), abs=1e-3)
     assert ce[0] < 0.1 and ce[4] == pytest.approx(math.log2(len(counts)), abs=0.1)
     assert order < 0.3 * order_of_text
-
-
-def test_the_command_of_the_last_line_of_embedding_training(trained):
-    out = run("-m", "evaluation.diagnostics", f"--out={trained}/bits").stdout
-    (_, rows), = tables_of(out)
-    assert len(rows) == 11 and all(float(value) > -0.1 for _, value in rows)
-    done = run("-m", "evaluation.diagnostics", f"--out={trained}/masked", code=1)
+    done = run("-m", "evaluation.diagnostics", f"--out={runs}/masked", code=1)
     assert "only embeddings and bits have diagnostics" in done.stderr
 
 
-def test_bench_prints_markdown_rows(capsys):
+def test_bench_prints_markdown_rows(capsys, monkeypatch):
     """Fewer rounds of a tiny network; rows in fp32 run in fp32, whatever this machine has."""
+    monkeypatch.setattr(config, "AMP", config.AMP)         # to be put back
     c = Masked(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, compile=False)
     row = bench.Trained(train, c, torch.float32)
     dtypes = set()
     row.method.net.head.register_forward_hook(lambda _, x, y: dtypes.add(y.dtype))
     row.step(0)
     assert dtypes == {torch.float32}
-    bench.training(c, rounds=4)
+    bench.training(c, rounds=2)
     bench.sampling(c, n=2, rounds=2)
     (_, rows), (_, writing) = tables_of(capsys.readouterr().out)
     assert len(rows) == 2 * 4 + 2 and len(writing) == 6

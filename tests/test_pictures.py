@@ -67,14 +67,5 @@ def test_a_line_is_where_its_numbers_are():
     assert ticks == ["y", "x", "1", "10", "100", "0", "5", "10"]
 
 
-def test_a_bar_that_is_too_long_is_cut_and_says_so():
-    rows = [("long", "what it is", 14.145, "text"), ("short", "more", 2.996, "more text")]
-    svg = pictures.bar_chart("A", ("1", "2", "3"), 5, {"mark": 2.5}, rows)
-    assert [x["width"] for x in elements(svg, "rect", "blue")] == ["250.0", "149.8"]
-    assert len(elements(svg, "path", "cut")) == 2
-    assert [x["text"] for x in elements(svg, "text")] == ["14.1", "long", "3.00", "short"]
-    assert elements(svg, "path", "dashed")[0]["d"] == "M375.0 84.0L375.0 180.0"
-
-
 def test_the_ladder_has_every_rung():
     assert list(pictures.RUNGS) == [*LADDER, "orderless"]

@@ -1,30 +1,32 @@
 """What was measured, as Markdown and as what the page shows; files that cannot be opened or
 written; --quick. The page in a browser: test_page.py."""
+import functools
+import importlib
 import json
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT
+from test_evaluate import drawn, save
 
 import analog_bits
+import mnist_ddpm
 import train
 from config import Masked
-from data import CharTokenizer
+from data import CharTokenizer, Text
 from evaluation import __main__ as command
+from evaluation import likelihood
 from evaluation.likelihood import Evaluate
 from evaluation.report import Table, evenly, learning_curve, text_frame
 
-TINY = ["--dataset=pydoc", "--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16",
-        "--batch_size=8", "--max_iters=10", "--warmup_iters=1", "--train_size=20000"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "masked"
-    train.main([*TINY, f"--out={folder}"])
-    return folder
+TINY = ["--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8",
+        "--eval_interval=20", "--windows=8", "--compile=False"]
 
 
 def test_a_table_prints_its_rows_and_keeps_its_numbers(capsys):
@@ -67,41 +69,80 @@ def test_bytes_are_replayed_as_the_characters_they_are():
 
 # what cannot be read or written
 
-def test_weights_that_do_not_fit_and_nothing_usable_are_a_line_each(trained, tmp_path, capsys):
-    state = torch.load(trained / "best.pt", weights_only=True)
-    state["ema"].popitem()
-    torch.save(state, tmp_path / "short.pt")
-    (tmp_path / "best.pt").write_bytes(b"no")
+def test_checkpoints_that_cannot_be_opened_are_named_in_a_line_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    out = tmp_path / "out"
+    c = Masked(dataset="pydoc", block_size=32, n_layer=1, n_head=1, n_embd=16)
+    meta = Text(c).meta
+    save(out / "good", "masked", train, c, meta, drawn(train, c, meta))
+    raw = (out / "good/best.pt").read_bytes()
+    state = torch.load(out / "good/best.pt", weights_only=True)
+    weights = state["ema"]
+    changes = {"nan": {"ema": {name: p * math.nan for name, p in weights.items()}},
+               "foreign": {"data": {"name": "x"}}, "short": {"ema": dict([*weights.items()][1:])}}
+    for name, change in changes.items():
+        (out / name).mkdir()
+        torch.save({**state, **change}, out / name / "best.pt")
+    for name, content in [("cut/best.pt", raw[:5000]), ("unfinished/ckpt.pt", raw)]:
+        (out / name).parent.mkdir()
+        (out / name).write_bytes(content)
+    found = command.usable(command.all_checkpoints(), Evaluate())
+    assert [checkpoint.path for checkpoint in found] == [os.path.relpath(out / "good")]
+    assert found[0].c == c
+    told = capsys.readouterr().err.splitlines()
+    for line, words in zip(told, ["cut/best.pt is damaged", "foreign: no text file 'x'",
+                                  "nan/best.pt has weights that are no numbers",
+                                  "short was made by another version",
+                                  "no checkpoint at"], strict=True):
+        assert words in line
     with pytest.raises(SystemExit, match="no checkpoint to measure"):
-        command.main([f"--out={tmp_path},{tmp_path}/none,{tmp_path}/short.pt"])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 3
-    assert "damaged" in lines[0] and "no checkpoint" in lines[1]
-    assert "another version" in lines[2]
+        command.main([f"--out={out}/cut,{out}/none"])
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
-def test_what_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
+def test_what_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
-    done = run("-m", "evaluation", f"--out={tmp_path}/none",
-               f"--json={tmp_path}/file/table.json", code=1)
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and "Error" in lines[0] and "no checkpoint" not in lines[0]
-    assert (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(OSError):
+        command.main([f"--out={tmp_path}/none", f"--json={tmp_path}/file/table.json"])
+    assert capsys.readouterr() == ("", "") and (tmp_path / "file").read_text() == "kept"
 
 
 # --quick
+
+def start_here(argv, cwd, stdout):
+    """subprocess.run, but of all scripts only the baseline gets a process of its own."""
+    if "--objective=ar" in argv:
+        return subprocess.run(argv, cwd=cwd, stdout=stdout)
+    assert argv[0] == sys.executable and cwd == ROOT and stdout is sys.stdout is sys.stderr
+    importlib.import_module(Path(argv[1]).stem).main(argv[2:])
+
+
+def stop_halfway(folder):
+    """A run of bits that was stopped at step 6 of 10, before its first evaluation."""
+    analog_bits.main([*TINY, "--dataset=pydoc", "--max_iters=6", f"--out={folder}"])
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    config = {**state["config"], "max_iters": 10}
+    torch.save({**state, "config": config}, folder / "ckpt.pt")
+    (folder / "best.pt").unlink()
+    (folder / "status").write_text("stopped")
+
 
 def test_quick_trains_what_is_not_finished_and_measures_it(tmp_path, monkeypatch, capfd):
     """Of a run that was stopped, what is missing; of finished ones, nothing. The tables alone are
     on standard output."""
     quick = tmp_path / "out/quick"
+    page = tmp_path / "out/report.html"
     monkeypatch.setattr(command, "QUICK", quick)
-    monkeypatch.setattr(command, "PAGE", tmp_path / "out/report.html")
-    monkeypatch.setattr(command, "QUICK_SETTINGS", [*TINY[1:-1], "--compile=False"])
+    monkeypatch.setattr(command, "PAGE", page)
+    monkeypatch.setattr(command, "QUICK_SETTINGS", [*TINY, "--max_iters=10"])
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(run=start_here))
+    monkeypatch.setattr(likelihood, "read_images", functools.cache(mnist_ddpm.Images))
+    few_digits = mnist_ddpm.draw_digits(300, 50)
+    monkeypatch.setattr(mnist_ddpm, "draw_digits", lambda: few_digits)
     stop_halfway(quick / "bits")
     capfd.readouterr()
-    command.main(["--quick", "--n=4", "--exact=2", "--windows=40",
-                  "--gaussian_steps=3", "--steps=4", f"--json={tmp_path}/sub/table.json"])
+    command.main(["--quick", "--n=4", "--exact=2", "--windows=8", "--gaussian_steps=3",
+                  "--steps=4", f"--json={tmp_path}/sub/table.json"])
     told = capfd.readouterr()
     lines = [line for line in told.out.splitlines() if line and not line.startswith("|")]
     assert lines[0].startswith("`python -m ") and len(lines) == 1 + 3 + 8, lines
@@ -110,20 +151,18 @@ def test_quick_trains_what_is_not_finished_and_measures_it(tmp_path, monkeypatch
     assert sorted(path.name for path in quick.iterdir()) == names
     assert all((path / "status").read_text() == "finished" for path in quick.iterdir())
     assert torch.load(quick / "bits/best.pt", weights_only=True)["step"] == 10
-    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     data = json.loads((tmp_path / "sub/table.json").read_text())
-    assert json.dumps(data["tables"][0]["rows"], ensure_ascii=False) in page
+    rows = json.dumps(data["tables"][0]["rows"], ensure_ascii=False)
+    assert rows in page.read_text(encoding="utf-8")
 
     # what the JSON says
-    tables = {table["title"]: table["rows"] for table in data["tables"]}
-    bounds, = [rows for title, rows in tables.items() if "pydoc, held out" in title]
-    assert [row[1] for row in bounds] == ["ar", "masked", "bits", "embed"]
-    assert float(bounds[1][4]) == pytest.approx(math.log(97), abs=1)
-    assert any("digits, held out" in title for title in tables)
-    samples, = [rows for title, rows in tables.items() if "samples" in title]
-    firsts, = [rows for title, rows in tables.items() if "the first of each" in title]
-    assert [row[0] for row in firsts] == [row[0] for row in samples]
-    assert len(samples) == 2 + 4
+    tables = {table["title"].split(",")[0]: table["rows"] for table in data["tables"]}
+    assert [row[1] for row in tables["pydoc"]] == ["ar", "masked", "bits", "embed"]
+    assert float(tables["pydoc"][1][4]) == pytest.approx(math.log(97), abs=1)
+    assert [row[1] for row in tables["digits"]] == ["mnist"]
+    assert len(tables["samples"]) == 2 + 4
+    firsts = tables["the first of each"]
+    assert [row[0] for row in firsts] == [row[0] for row in tables["samples"]]
     assert len(data["replays"]) == len(data["curves"]) == 5
     for replay in data["replays"]:
         assert len(replay["frames"]) == replay["calls"] + 1 <= 65
@@ -131,43 +170,7 @@ def test_quick_trains_what_is_not_finished_and_measures_it(tmp_path, monkeypatch
     assert set(text[0][0]) == {"·"} and "·" not in text[-1][0]
 
     # again: nothing is trained, and the same digits
-    times = [path.stat().st_mtime_ns for path in sorted(quick.rglob("best.pt"))]
-    command.main(["--quick", "--n=0", "--exact=2", "--windows=40", f"--json={tmp_path}/again.json"])
-    assert times == [path.stat().st_mtime_ns for path in sorted(quick.rglob("best.pt"))]
+    monkeypatch.setattr(command, "subprocess", None)
+    command.main(["--quick", "--n=0", "--exact=2", "--windows=8", f"--json={tmp_path}/again.json"])
     again = json.loads((tmp_path / "again.json").read_text())
-    assert again["tables"][0]["rows"] == bounds
-
-
-def stop_halfway(folder):
-    """A run of bits that was stopped at step 6 of 10, before its first evaluation."""
-    analog_bits.main([*TINY[:-3], "--max_iters=6", "--warmup_iters=1", f"--out={folder}"])
-    state = torch.load(folder / "ckpt.pt", weights_only=True)
-    config = {**state["config"], "max_iters": 10}
-    torch.save({**state, "config": config}, folder / "ckpt.pt")
-    (folder / "best.pt").unlink()
-    (folder / "status").write_text("stopped")
-
-
-def test_of_all_checkpoints_those_that_cannot_be_opened_are_named(
-        trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "HERE", tmp_path)
-    state = torch.load(trained / "best.pt", weights_only=True)
-    for name in ("good", "cut", "nan", "foreign", "unfinished"):
-        (tmp_path / "out" / name).mkdir(parents=True)
-    torch.save(state, tmp_path / "out/good/best.pt")
-    raw = (trained / "best.pt").read_bytes()
-    (tmp_path / "out/cut/best.pt").write_bytes(raw[:5000])
-    torch.save({**state, "data": {"name": "x"}}, tmp_path / "out/foreign/best.pt")
-    no_numbers = {key: p * math.nan for key, p in state["ema"].items()}
-    torch.save({**state, "ema": no_numbers}, tmp_path / "out/nan/best.pt")
-    (tmp_path / "out/unfinished/ckpt.pt").write_bytes(raw)
-    found = command.usable(command.all_checkpoints(), Evaluate())
-    assert [checkpoint.path for checkpoint in found] == [
-        os.path.relpath(tmp_path / "out/good")]
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 4
-    for line, words in zip(told, ["out/cut: ", "foreign: no text file 'x'",
-                                  "nan/best.pt has weights that are no numbers",
-                                  "no checkpoint at"], strict=True):
-        assert words in line
-    assert found[0].c == Masked(**state["config"])
+    assert again["tables"][0]["rows"] == tables["pydoc"]
