@@ -56,10 +56,14 @@ def test_what_does_not_go_together_is_one_line(args):
 
 @pytest.mark.parametrize("recipe", EMBED_RECIPES)
 def test_every_recipe_trains_and_writes_and_only_a_learned_table_moves(recipe, monkeypatch):
+    """And with the prior begins with the bound log V."""
     reseed(0)
     c = tiny(recipe)
     m = build(c, ABC)
     before = m.table.detach().clone()
+    if c.output_prior:
+        e = train.evaluate(m, torch.randint(8, (300, 12)), 8)
+        assert e["bound"] == pytest.approx(math.log(8), abs=4 * e["stderr"] + 0.02)
     descend(m, torch.randint(8, (16, 12)), monkeypatch)
     assert torch.equal(before, m.table) != c.train_table
     if c.table_init == "unit":
@@ -86,14 +90,6 @@ def test_a_network_without_positions_cannot_tell_the_order():
         turned = m.predict_x0(z[:, turn], gamma)
         same = torch.allclose(m.predict_x0(z, gamma)[:, turn], turned, rtol=0.02, atol=0.02)
         assert same != use_positions
-
-
-@pytest.mark.parametrize("recipe", ["prior", "best"])
-def test_an_untrained_network_with_the_prior_has_the_bound_log_V(recipe):
-    m = build(tiny(recipe), ABC).eval()
-    x0 = torch.randint(8, (500, 12), generator=torch.Generator().manual_seed(0))
-    e = train.evaluate(m, x0, 8)
-    assert e["bound"] == pytest.approx(math.log(8), abs=4 * e["stderr"] + 0.02)
 
 
 # ---- rounding, losses

@@ -35,21 +35,6 @@ def made(path, alphabet=ALPHABET):
     return {ch: row.tolist() for ch, row in found.items()}
 
 
-def tensors(folder, numbers, vocabulary, kind="F32"):
-    """model.safetensors and tokenizer.json in folder; numbers: an array of what kind says."""
-    n = numbers.nbytes
-    names = {"wpe.weight": 0, "h.0.wte.weight": n, "bert.position_embeddings.weight": 0}
-    header = {name: {"dtype": kind, "shape": numbers.shape, "data_offsets": [start, start + n]}
-              for name, start in names.items()}
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    path = folder / "model.safetensors"
-    raw = bytes(n) + numbers.tobytes()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + raw)
-    vocabulary = json.dumps({"model": {"vocab": vocabulary}})
-    (folder / "tokenizer.json").write_text(vocabulary, encoding="utf-8")
-    return path
-
-
 # formats
 
 READ_AS_IS = [
@@ -85,8 +70,16 @@ PLACES = {"a": 2, " ": 3, "é": 4, "b": 5, "\n": 6}
     ("BF16", (NUMBERS.view("<u4") >> 16).astype("<u2"), VOCABULARY, PLACES)],
     ids=["F64", "F32", "F16", "BF16"])
 def test_safetensors(kind, numbers, vocabulary, places, tmp_path):
-    rows = made(tensors(tmp_path, numbers, vocabulary, kind))
-    assert rows == {ch: NUMBERS[i].tolist() for ch, i in places.items()}
+    n = numbers.nbytes
+    names = {"wpe.weight": 0, "h.0.wte.weight": n, "bert.position_embeddings.weight": 0}
+    header = {name: {"dtype": kind, "shape": numbers.shape, "data_offsets": [start, start + n]}
+              for name, start in names.items()}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(n) + numbers.tobytes())
+    vocabulary = json.dumps({"model": {"vocab": vocabulary}})
+    (tmp_path / "tokenizer.json").write_text(vocabulary, encoding="utf-8")
+    assert made(path) == {ch: NUMBERS[i].tolist() for ch, i in places.items()}
 
 
 @pytest.mark.parametrize("objective", ["masked", "ar"])
