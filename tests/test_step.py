@@ -65,50 +65,28 @@ def build(name):
 SHAPES = [(96, 32), (32, 32), (128, 32), (32, 128)] * 3      # qkv, proj, fc, proj of three layers
 
 
-def random_matrices():
+def test_muon_is_torchs_for_tall_and_wide_matrices_and_goes_on_with_its_momentum():
+    """The momentum to the bit; weights but for torch's multiplying and adding in one rounding. A
+    run that torch.optim.Muon trained is resumed."""
     torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-
-
-def test_muon_is_torchs_to_the_bit_for_tall_and_wide_matrices():
-    ours = random_matrices()
-    theirs = random_matrices()
-    opts = [Muon(ours, lr=0.0, weight_decay=0.1),
-            torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    theirs = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    ours = copy.deepcopy(theirs)
+    opts = [torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            Muon(ours, lr=0.0, weight_decay=0.1)]
     for i in range(10):
-        for a, b in zip(ours, theirs, strict=True):
+        if i == 5:
+            opts[1] = Muon(ours, lr=0.0, weight_decay=0.1)
+            opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict()))
+        for a, b in zip(theirs, ours, strict=True):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
         for opt in opts:
             opt.param_groups[0]["lr"] = 0.01 / (1 + i)
             opt.step()
-    for a, b in zip(ours, theirs, strict=True):
-        # torch multiplies by the rate and adds in one rounding
-        assert torch.allclose(a, b, rtol=0, atol=1e-6)
-        assert torch.equal(opts[0].state[a]["momentum_buffer"], opts[1].state[b]["momentum_buffer"])
-
-
-def test_muon_goes_on_with_the_momentum_that_torchs_saved():
-    """A run that torch.optim.Muon trained is resumed."""
-    ours = random_matrices()
-    theirs = random_matrices()
-    before = torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", lr=0.01)
-    after = Muon(ours, lr=0.01, weight_decay=0.1)
-
-    def step(opt, params):
-        for i, p in enumerate(params):
-            p.grad = (i * p.detach()).cos()
-        opt.step()
-
-    step(before, theirs)
-    with torch.no_grad():
-        for a, b in zip(ours, theirs, strict=True):
-            a.copy_(b)
-    after.load_state_dict(copy.deepcopy(before.state_dict()))
-    step(before, theirs)
-    step(after, ours)
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+        for a, b in zip(theirs, ours, strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-6)
+            momenta = [opt.state[p]["momentum_buffer"] for opt, p in zip(opts, (a, b))]
+            assert torch.equal(*momenta)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
@@ -142,36 +120,29 @@ def test_a_step_that_overflows_leaves_all_state_to_the_bit(bad):
 
 
 def test_a_resumed_optimizer_keeps_its_own_settings():
-    """The file has the weight decay of then, a rate that is a number, and what a CPU asks for."""
-    settings = []
+    """The file has the weight decay of then, and a rate that is another tensor."""
     method, data, c = build("masked")
     old = training_step(method, data, replace(c, weight_decay=0.5))
-    old(0)
-    new = training_step(*build("masked"))
+    new = training_step(method, data, c)
     for opt, before in zip(new.opts, old.opts, strict=True):
-        state = copy.deepcopy(before.state_dict())
-        state["param_groups"][0]["lr"] = 0.003
-        settings.append(dict(opt.param_groups[0]))
-        load_optimizer(opt, state)
+        load_optimizer(opt, copy.deepcopy(before.state_dict()))
         assert opt.param_groups[0]["lr"] is new.lr
         assert opt.param_groups[0]["weight_decay"] == c.weight_decay
-        for ours, theirs in zip(opt.state.values(), before.state.values(), strict=True):
-            for name in theirs:
-                assert torch.equal(ours[name], theirs[name])
 
 
-def test_processes_sum_gradients_in_place(monkeypatch):
+@pytest.mark.parametrize("name", METHODS)
+def test_processes_sum_gradients_in_place(monkeypatch, name):
     """A CUDA graph reads the tensors that it was recorded with."""
-    train_step = training_step(*build("masked"))
+    train_step = training_step(*build(name))
     train_step.micro_batch()
-    before = [p.grad.clone() for p in train_step.method.parameters()]
-    places = [p.grad.data_ptr() for p in train_step.method.parameters()]
+    grads = [p.grad for p in train_step.method.parameters()]
+    before = [grad.clone() for grad in grads]
     loss = train_step.loss.clone()
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(2))
     assert train_step.all_reduce(True) == 2
     assert train_step.loss == 2 * loss
-    for p, place, old in zip(train_step.method.parameters(), places, before, strict=True):
-        assert p.grad.data_ptr() == place and torch.equal(p.grad, 2 * old)
+    for p, grad, old in zip(train_step.method.parameters(), grads, before, strict=True):
+        assert p.grad is grad and torch.equal(grad, 2 * old)
 
 
 @pytest.mark.parametrize("grad_accum", [1, 2])
@@ -235,19 +206,19 @@ def test_the_host_reads_nothing_in_a_step(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["masked", "embed", "pixels"])
 def test_compiled_is_eager_and_compiled_once(monkeypatch, name):
-    """The same losses and gradients, in fp32, of six steps with other mask counts and rates."""
+    """Traced, the same losses, in fp32, of six steps with other mask counts and rates."""
     monkeypatch.setattr(config, "AMP", torch.float32)
     losses = []
     for compiled in (False, True):
         train_step = training_step(*build(name))
         torch._dynamo.reset()
         counters.clear()
-        if compiled:
-            train_step.method.compile(dynamic=False)       # on a GPU TrainingStep.compile does
+        if compiled:                                       # on a GPU TrainingStep.compile does
+            train_step.method.compile(dynamic=False, backend="eager")
         losses.append([train_step(step)[0].item() for step in range(6)])
     eager, compiled = losses
     assert compiled == pytest.approx(eager, rel=1e-5)
-    assert counters["stats"]["unique_graphs"] <= 2
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
 
 
 # -------------------------------------------------------------------------------------------------
@@ -283,15 +254,13 @@ def test_half_of_the_rows_cost_on_average_what_a_coin_costs(B, loss):
             losses.append(method(x0).item())
         return sum(losses) / 2
 
-    honest = type(method).half_of_x_prev
+    honest = method.half_of_x_prev
 
     def with_parity(parity):
-        return lambda z, gamma, _: honest(method, z, gamma, torch.tensor(parity))
+        return lambda z, gamma, _: honest(z, gamma, torch.tensor(parity))
 
     def coin(shown):
-        def x_prev(z, gamma, _):
-            return shown * method.predict_tokens(z, gamma)[0]
-        return x_prev
+        return lambda z, gamma, _: shown * method.predict_tokens(z, gamma)[0]
 
     assert mean_loss([coin(0), coin(0)]) != mean_loss([coin(1), coin(1)])
     by_rows = mean_loss([with_parity(0), with_parity(1)])
