@@ -49,6 +49,14 @@ def test_over_all_codes_the_bit_head_is_each_bit_alone():
     assert torch.allclose(ce, alone, atol=1e-5)
 
 
+def test_the_clean_end_tells_every_bit_and_the_other_none():
+    """A sign is wrong once in 10^13; all 7 bits of a character together tell 0.001 nats."""
+    m = build(tiny(), {"alphabet": "ab"})
+    wrong = math.erfc((math.exp(-m.gamma_min) / 2) ** 0.5) / 2
+    assert 0.5e-13 < wrong < 1.5e-13
+    assert 7 * math.exp(-m.gamma_max) / 2 == pytest.approx(0.001, rel=0.25)
+
+
 @pytest.mark.parametrize("V, k", [
     (5, dict(head="bits")), (8, dict(code="bytes")), (7, dict(loss="elbo"))], ids=str)
 def test_an_untrained_network_has_the_bound_log_V_and_every_parameter_trains(V, k, monkeypatch):
@@ -93,6 +101,6 @@ def test_bytes_of_a_text_that_is_not_ascii(tmp_path, capsys):
     path.write_text("Война и мир. " * 400, encoding="utf-8")
     out = f"--out={tmp_path}/bytes"
     analog_bits.main([*TINY, f"--dataset={path}", "--code=bytes", "--max_iters=3", out])
-    capsys.readouterr()
+    assert "nats/byte" in capsys.readouterr().out
     analog_bits.main(["sample", out, "--prompt=Война{9}", "--steps=2"])
     assert capsys.readouterr().out.startswith("Война")

@@ -131,6 +131,8 @@ def test_drawn_bound_and_elbo_loss_are_unbiased(schedule):
     exact = exact_bound(m, x0)
     loss = torch.stack([m(x0.expand(8, 4)) for _ in range(1500)])
     assert abs(loss.mean() - exact) < 4 * loss.std() / 1500 ** 0.5
+    _, weight = m.sample_mask_rates(8, "cpu")
+    assert weight.mean().item() == pytest.approx(1, abs=1e-6)
     nats, _ = m.bound(x0.expand(10000, 4), torch.rand(10000), range(10000))
     assert abs(nats.mean() - exact) < 4 * nats.std() / 10000 ** 0.5
 

@@ -42,9 +42,11 @@ def test_full_size_parameter_counts(n, n_embd, time, millions):
 
 
 def test_untrained_blocks_are_the_identity():
-    m = Transformer(Masked(block_size=12, n_layer=2, n_head=2, n_embd=16), nn.Embedding(6, 16), 3)
+    c = Masked(block_size=12, n_layer=2, n_head=2, n_embd=16, time=True)
+    m = Transformer(c, nn.Embedding(6, 16), 3)
     x = torch.randn(2, 12, 16)
     assert torch.equal(m.blocks[0](x, m.rope, [0.0] * 6), x)
+    assert not any(part.any() for part in m.time(torch.rand(2)))
 
 
 @pytest.mark.parametrize("causal", [False, True])
