@@ -83,10 +83,10 @@ def test_what_is_no_range_is_one_line():
 
 def test_the_likelihood_of_a_length_is_the_chain_rule(monkeypatch):
     """Against a loop over the characters, for a network that is a random table of all states, told
-    the share that is masked; few windows a call; T = 7, V = 2. Of what is before, two characters
+    the share that is masked; few windows a call; T = 8, V = 2. Of what is before, three characters
     have room."""
     monkeypatch.setattr(generate, "BATCH", 4)
-    T, V, L, A = 7, 2, 2, 3
+    T, V, L, A = 8, 2, 2, 3
     table = torch.randn(3 ** T, T, V, generator=torch.Generator().manual_seed(0))
 
     def net(x, t):
@@ -95,13 +95,13 @@ def test_the_likelihood_of_a_length_is_the_chain_rule(monkeypatch):
     after = torch.tensor([0, 1, 1])
     every = list(itertools.permutations(range(A)))
     some = [every, every[1:3], every[4:5]]
-    for orders, before in itertools.product(some, ([], [1], [1, 0, 2, 0])):   # 2: MASK, a blank
-        start = len(before[-2:]) + L
+    for orders, before in itertools.product(some, ([], [1, 0], [1, 0, 1, 2, 0])):   # 2: MASK
+        start = len(before[-3:]) + L
         expected = 0.0
         for order in orders:
             for i, now in enumerate(order):
                 x = torch.full((1, T), 2)
-                x[0, :start - L] = torch.tensor(before[-2:])
+                x[0, :start - L] = torch.tensor(before[-3:])
                 for then in order[:i]:
                     x[0, start + then] = after[then]
                 log_p = net(x, (x == 2).sum(1) / T)[0, start + now].log_softmax(-1)

@@ -55,15 +55,6 @@ def test_a_recipe_gives_what_is_not_typed():
         assert len(set(every)) == len(every)
 
 
-def test_a_rung_of_the_ladder_is_one_change():
-    """Each stands on all before it and changes what it says: from the baseline, which fails."""
-    before = EMBED_RECIPES["baseline"]
-    for rung, change in [*config.LADDER.items()][1:]:
-        recipe = EMBED_RECIPES[rung]
-        assert recipe == before | change and recipe != before, rung
-        before = recipe
-
-
 def test_settings_have_defaults_that_are_allowed_and_are_read_somewhere():
     source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
     for settings in all_settings():
@@ -98,7 +89,7 @@ BAD = [   # script, arguments, what the one line says
     ("train --n_layers=3", "no setting '--n_layers=3', did you mean --n_layer?"),
     ("train --zzz=3", "no setting '--zzz=3', did you mean --dataset --"),
     ("train --batch=3", "no setting '--batch=3', did you mean --batch_size?"),
-    ("train batch_size=32", "no setting 'batch_size=32', did you mean --batch_size?"),
+    ("train ema=0.99912", "no setting 'ema=0.99912', did you mean --ema?"),
     ("train --compile=maybe", "argument --compile: invalid boolean value: 'maybe'"),
     ("train --objective=gan", "argument --objective: invalid choice: 'gan' (choose from"),
     ("train --learning_rate=nan", "learning_rate=nan must be 0 or more"),
@@ -185,6 +176,7 @@ def test_bad_input_is_one_line_and_exit_1(typed, says, files, monkeypatch):
     script, *args = typed.replace("TMP", str(files)).split()
     before = {p: p.stat().st_mtime_ns for p in files.rglob("*") if p.name != "status"}
     monkeypatch.setattr(sys, "argv", [script, *args])
+    monkeypatch.setattr(train.TrainingStep, "__call__", None)          # what gets so far fails
     with pytest.raises(SystemExit) as e:
         config.run(importlib.import_module(script).main)
     assert says.replace("TMP", str(files)) in last_line(e.value)

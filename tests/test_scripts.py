@@ -56,7 +56,7 @@ def test_the_same_seed_writes_the_same_texts(written):
 
 
 @pytest.mark.parametrize("args, length, calls", [
-    ("--prompt=the --length=3", 3, 0), ("--prompt=a{3}e", 5, 6), ("--length=5", 5, 10),
+    ("--prompt=the --length=3 --steps=9", 3, 0), ("--prompt=a{3}e", 5, 6), ("--length=5", 5, 10),
     ("--prompt=a{3}e --steps=2", 5, 2), ("--prompt=a{3}e --steps=200 --remask=0", 5, 3),
     ("--prompt=the --length=100 --remask=0", 100, 97)])
 def test_at_most_two_calls_a_blank(args, length, calls, written):
