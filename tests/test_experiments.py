@@ -22,7 +22,7 @@ import train
 from checkpoint import load
 from config import Bits, Embed, Masked, Mnist, parse
 from data import CharTokenizer, Text
-from evaluation.likelihood import Evaluate
+from evaluation.likelihood import Evaluate, open_checkpoint
 from experiments import animate, control, freeze, kills, sampler_nll, samplers, strips
 
 
@@ -206,6 +206,11 @@ def test_rows_of_samplers_are_compared_and_measured_once(runs, sampler_tables, m
     for nll, own, difference, *_ in written:
         assert difference == pytest.approx(nll - own, abs=2e-3)
 
+    method = open_checkpoint(runs["drawn masked"]).method
+    x = torch.randint(runs["V"], (3, 32))
+    _, how = sampler_nll.vary(order="random", steps=8)
+    nats, again = [sampler_nll.nats_per_char(method, x, how) for _ in range(2)]
+    assert torch.equal(nats, again)
     monkeypatch.setattr(sampler_nll, "nats_per_char", None)
     monkeypatch.setattr(sampler_nll, "written_row", None)
     assert sampler_tables("drawn ") == tables
