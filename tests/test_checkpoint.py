@@ -1,6 +1,5 @@
 """Nothing of the user's is lost: whose a folder is, which checkpoint writes, what is saved when the
 disk is full, a file is in the way, a terminal closes or the process is killed."""
-import contextlib
 import os
 import resource
 import shutil
@@ -264,11 +263,17 @@ def test_a_folder_that_is_gone_is_made_again(corpus, tmp_path, monkeypatch, gone
         if n == 3:
             (tmp_path / gone).rename(tmp_path / "old")
 
-    bounds = iter([0.1, 0.3, 0.2])
-    evaluate = train.evaluate
+    def evaluate(ema, *args):
+        weights.append(next(ema.parameters()).clone())
+        return {**honest(ema, *args), "bound": next(bounds)}
+
+    weights = []
+    bounds = iter([0.1, 0.3, 0.2, 0.1])
+    honest = train.evaluate
     after_each_step(monkeypatch, rename)
-    monkeypatch.setattr(train, "evaluate", lambda *a: {**evaluate(*a), "bound": next(bounds, 0.5)})
+    monkeypatch.setattr(train, "evaluate", evaluate)
     train.main([corpus, *THRICE, f"--out={tmp_path}/run"])
+    assert torch.equal(weights[-1], weights[best // 2 - 1])
     assert read_state(tmp_path / "run")["step"] == 6
     assert [row["step"] for row in read_log(tmp_path / "run")] == ["2", "4", "6"]
     assert read_state(tmp_path / "run", "best.pt")["step"] == best
@@ -277,30 +282,25 @@ def test_a_folder_that_is_gone_is_made_again(corpus, tmp_path, monkeypatch, gone
         assert read_state(tmp_path / "old")["step"] == 2
 
 
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """A limit on the size of files stands for a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("room, line", [
     (100_000, "^cannot write .*/best.pt, what was saved is complete: "),
     (0, "^OSError: .*File too large")])
 def test_a_full_disk_is_one_line_and_what_was_saved_stays_whole(corpus, tmp_path, monkeypatch,
                                                                 capsys, room, line):
-    """In the middle of a checkpoint or right at its start. With room again the run goes on."""
+    """In the middle of a checkpoint or right at its start: a limit on the size of files stands for
+    it. With room again the run goes on."""
     train.main([corpus, *SHORT, "--n_embd=64", f"--out={tmp_path}"])
     assert (tmp_path / "best.pt").stat().st_size > 100_000
     before = but_status(tmp_path)
     resume = ["--resume", "--max_iters=6", f"--out={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["train.py", *resume])
-    with files_of_at_most(room), pytest.raises(SystemExit, match=line):
-        config.run(train.main)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(SystemExit, match=line):
+            config.run(train.main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert but_status(tmp_path) == before
     train.main(resume)
     assert read_state(tmp_path)["step"] == 6
@@ -325,35 +325,31 @@ class Killed(BaseException):
     """As after kill -9, nothing more is done."""
 
 
-def kill_at(monkeypatch, moment):
-    """Kill the run at the so many-th time that it writes or renames a file: in the middle."""
-    passed = []
+def test_killed_at_any_moment_of_an_evaluation_a_run_loses_nothing(corpus, tmp_path, monkeypatch):
+    """Resumed, it ends as the straight one."""
+    moments = []
 
-    def watch(owner, name):
+    def watch(patch, owner, name):
         honest = getattr(owner, name)
 
         def watched(*args):
-            passed.append(name)
-            if len(passed) == moment:
+            moments.append(name)
+            if len(moments) == last:
                 if name == "save":
                     args[1].write_bytes(b"half")
                 raise Killed
             return honest(*args)
 
-        monkeypatch.setattr(owner, name, watched)
+        patch.setattr(owner, name, watched)
 
-    watch(torch, "save")
-    watch(os, "replace")
-    watch(train, "write_log")
-
-
-def test_killed_at_any_moment_of_an_evaluation_a_run_loses_nothing(corpus, tmp_path, monkeypatch):
-    """Resumed, it ends as the straight one."""
     train.main([corpus, *THRICE, f"--out={tmp_path}/straight"])
-    for moment in range(6, 11):      # of the second: best.pt, ckpt.pt, each renamed, log.csv
-        out = tmp_path / str(moment)
+    for last in range(6, 11):        # of the second: best.pt, ckpt.pt, each renamed, log.csv
+        out = tmp_path / str(last)
+        moments.clear()
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_at(patch, moment)
+            watch(patch, torch, "save")
+            watch(patch, os, "replace")
+            watch(patch, train, "write_log")
             train.main([corpus, *THRICE, f"--out={out}"])
         train.main(["--resume", f"--out={out}"])
         assert_same_run(tmp_path / "straight", out)

@@ -1,6 +1,7 @@
 """The loop: the step, the moving average, resuming, several processes, the compiler, NaNs."""
 import math
 import os
+import re
 import signal
 import time
 
@@ -203,17 +204,20 @@ def test_training_learns_and_best_is_the_lowest(corpus, tmp_path, capsys):
 
 @pytest.mark.parametrize("early_stopping, kept", [(True, 4), (False, 12)])
 def test_best_is_the_lowest_bound_where_it_says_something(early_stopping, kept, corpus, tmp_path,
-                                                          monkeypatch):
+                                                          monkeypatch, capsys):
     """best.pt has the weights of the lowest bound; those of the last step where the method says
-    that its bound chooses nothing."""
+    that its bound chooses nothing. Samples are drawn from the same noise every time."""
     bounds = iter([1.0, 0.5, 2.0, 3.0])
     honest = train.evaluate
     monkeypatch.setattr(train, "FIRST_EVAL", 2)
     monkeypatch.setattr(train, "evaluate", lambda *a: {**honest(*a), "bound": next(bounds, 3.0)})
     monkeypatch.setattr(train.MaskedDiffusion, "early_stopping", early_stopping)
-    train.main([corpus, *TINY, "--max_iters=12", "--eval_interval=4", f"--out={tmp_path}/run"])
+    train.main([corpus, *TINY, "--max_iters=12", "--eval_interval=4", "--learning_rate=0",
+                f"--out={tmp_path}/run"])
     assert read_state(tmp_path / "run", "best.pt")["step"] == kept
     assert [row["step"] for row in read_log(tmp_path / "run")] == ["2", "4", "8", "12"]
+    *samples, last = re.split(r"(?m)^step .*\n", capsys.readouterr().out)[1:]
+    assert len(set(samples)) == 1 and last.startswith(samples[0])
 
 
 @pytest.mark.parametrize("what", ["loss", "weight"])
@@ -271,46 +275,34 @@ def test_two_processes_equal_one(corpus, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.fixture
-def second_of_two(monkeypatch):
-    """This process is the second of two; the first one says what it says, and adds nothing."""
-    for module in (config, checkpoint, step, train):
-        monkeypatch.setattr(module, "RANK", 1)
-    for module in (config, step, train):
-        monkeypatch.setattr(module, "WORLD_SIZE", 2)
+def test_the_second_of_two_processes_says_nothing_unless_it_ends(corpus, tmp_path, monkeypatch,
+                                                                 capsys):
+    """Nor does it write. The first one is played: it says what this one says, and adds nothing."""
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2)):
+        for module in (config, checkpoint, step, train):
+            monkeypatch.setattr(module, name, value, raising=False)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     for name in ("init_process_group", "destroy_process_group", "all_reduce"):
         monkeypatch.setattr(train.dist, name, lambda *_, **named: None)
 
     def gather(data, ours):
-        data[:] = [ours, ours]
-
-    monkeypatch.setattr(train.dist, "all_gather_object", gather)
-
-
-def test_the_second_process_writes_and_says_nothing(second_of_two, corpus, tmp_path, capsys):
-    train.main([corpus, *TINY, "--grad_accum=2", "--max_iters=4", "--eval_interval=2",
-                f"--out={tmp_path}/run"])
-    assert capsys.readouterr() == ("", "")
-    assert not (tmp_path / "run").exists()
-
-
-def test_processes_that_do_not_go_together_end_in_a_line(second_of_two, corpus, tmp_path,
-                                                         monkeypatch):
-    def gather(data, ours):
-        data[:] = [{"name": "file 0.txt", "sha256": "0"}, ours]
+        data[:] = [{"name": "file 0.txt", "sha256": sha256 or ours["sha256"]}, ours]
 
     def fail(_):
         raise RuntimeError("Connection closed by peer")
 
-    args = [corpus, *TINY, "--grad_accum=2", f"--out={tmp_path}/run"]
+    sha256 = ""
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    args = [corpus, *TINY, "--grad_accum=2", "--max_iters=4", f"--out={tmp_path}/run"]
+    train.main([*args, "--eval_interval=2"])
+    assert capsys.readouterr() == ("", "")
+    assert not (tmp_path / "run").exists()
     assert refused(train.main, [*args, "--grad_accum=3"]) == (
         "grad_accum=3 is not a multiple of the 2 processes")
     monkeypatch.setattr(train.dist, "all_reduce", fail)
     assert refused(train.main, args) == "another process has ended, so this one does"
-    monkeypatch.setattr(train.dist, "all_gather_object", gather)
-    assert refused(train.main, args) == (
-        "processes read different data: file 0.txt, file text.txt")
+    sha256 = "another"
+    assert refused(train.main, args) == "processes read different data: file 0.txt, file text.txt"
 
 
 # -------------------------------------------------------------------------------------------------
