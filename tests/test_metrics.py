@@ -14,7 +14,7 @@ from evaluation import __main__ as command
 from evaluation import digits, likelihood
 from evaluation.digits import (blurred, covered, digit_metrics, frechet, jackknife, nearest,
                                noise_like, shifted, train_classifier)
-from evaluation.samples import mean, overlap, text_metrics, vocabulary
+from evaluation.samples import text_metrics, vocabulary
 from experiments import samplers
 
 SOURCE = ("the cat sat on the mat, and the dog sat on the cat; it was nobody's fault, and the mat "
@@ -29,7 +29,8 @@ SOURCE = ("the cat sat on the mat, and the dog sat on the cat; it was nobody's f
     # the training text itself, and a passage of it inside a text
     ([SOURCE[i:i + 40] for i in range(0, 80, 8)], {"words": (1, 0), "longest": 40,
                                                    "overlap": (40, 0)}),
-    (["q" * 30, "zz" + SOURCE[10:47]], {"longest": 37, "overlap": (18.5, 18.5)}),
+    (["q" * 30, f"z{SOURCE[10:47]}z{SOURCE[:9]}"], {"longest": 37, "overlap": (18.5, 18.5)}),
+    # 2 of 4 and 0 of 1: deviations 0.4 and -0.4 from what 2 of 5 would be, by the delta method
     (["dog xyz cat cat zog mat", "dog xyz zog"], {"words": (0.4, 0.16)}),
     # names are whole lines: two in 40 characters
     (["ROMEO:\nAy me: no\n\nFirst Citizen:\nSo: it\n"] * 2, {"names": (50, 0)})])
@@ -37,25 +38,6 @@ def test_metrics_of_texts(texts, expected):
     m = text_metrics(texts, SOURCE, vocabulary(SOURCE))
     for key, value in expected.items():
         assert m[key] == pytest.approx(value, nan_ok=True), key
-
-
-def test_a_memorised_passage_is_found_inside_a_text():
-    assert overlap("zzzz" + SOURCE[10:47] + "zzzz" + SOURCE[:9], SOURCE) == 37
-    assert overlap("", SOURCE) == overlap("QQ", SOURCE) == 0
-
-
-def test_mean_is_the_ratio_with_its_spread():
-    """Against 1,000 repetitions: words known of words written, where texts differ in length. Their
-    deviation is known to 2.2%, their mean to 0.0004."""
-    g = torch.Generator().manual_seed(0)
-
-    def draw():
-        lengths = torch.randint(5, 30, (60,), generator=g).tolist()
-        return [((torch.rand(n, generator=g) < 0.3).sum().item(), n) for n in lengths]
-
-    ratios, errors = zip(*(mean(draw()) for _ in range(1000)), strict=True)
-    assert abs(sum(ratios) / 1000 - 0.3) < 0.002
-    assert sum(errors) / 1000 == pytest.approx(torch.tensor(ratios).std().item(), rel=0.07)
 
 
 # images of digits
