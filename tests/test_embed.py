@@ -62,7 +62,7 @@ def test_every_recipe_trains_and_writes_and_only_a_learned_table_moves(recipe, m
     m = build(c, ABC)
     before = m.table.detach().clone()
     if c.output_prior:
-        e = train.evaluate(m, torch.randint(8, (300, 12)), 8)
+        e = train.evaluate(m, torch.randint(8, (300, 12)), 4)
         assert e["bound"] == pytest.approx(math.log(8), abs=4 * e["stderr"] + 0.02)
     descend(m, torch.randint(8, (16, 12)), monkeypatch)
     assert torch.equal(before, m.table) != c.train_table
