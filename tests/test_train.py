@@ -333,25 +333,35 @@ def test_compiled_the_run_is_the_same_after_a_resume_too(corpus, tmp_path, monke
     assert float(compiled[2]["bound"]) == pytest.approx(float(eager[2]["bound"]), abs=0.01)
 
 
+class Lookup(torch.nn.Module):
+    """A network that has little to compile, but an embedding."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.embed = torch.nn.Embedding(V + 1, V)
+
+    def forward(self, x, t):
+        return self.embed(x)
+
+
 def test_compiled_gradients_are_the_same_every_time(corpus):
     """On two threads, with enough work for both."""
-    c = tiny(corpus, "--n_embd=32", "--block_size=128", "--batch_size=64", "--dropout=0")
+    c = tiny(corpus, "--block_size=128", "--batch_size=64")
     data = Text(c)
-    method = train.build(c, data.meta)
-    for p in method.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    V = len(data.tokenizer)
+    method = train.MaskedDiffusion(Lookup(V), V)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     training_step(method, data, c).compile()
     gradients = []
     for _ in range(6):
         train.reseed(1)
-        loss = method(data.batch(c.batch_size))
-        gradients.append(torch.autograd.grad(loss, [*method.parameters()]))
+        method(data.batch(c.batch_size)).backward()
+        gradients.append(method.net.embed.weight.grad.clone())
+        method.zero_grad()
     torch.set_num_threads(threads)
     for other in gradients[1:]:
-        for a, b in zip(gradients[0], other, strict=True):
-            assert torch.equal(a, b)
+        assert torch.equal(gradients[0], other)
 
 
 def test_without_a_compiler_one_line_and_on(corpus, tmp_path, monkeypatch, capsys):
