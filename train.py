@@ -123,57 +123,55 @@ def fit(method, data, c, meta, show_sample, state=None):
            "Ctrl-C saves, --resume goes on")
 
     compile_at = max(progress.step, FIRST_EVAL)
-    stop = StopSignal()
     stopping = False
     start_time = time.perf_counter() - progress.seconds
     # disable=None: shown in a terminal only
     bar = tqdm(total=c.max_iters, initial=progress.step, disable=RANK > 0 or None)
-    while progress.step < c.max_iters and not stopping:
-        if progress.step == compile_at and c.compile and c.max_iters >= 1000:
-            train_step.compile()
-            start_time = time.perf_counter() - progress.seconds
+    with bar, StopSignal() as stop:
+        while progress.step < c.max_iters and not stopping:
+            if progress.step == compile_at and c.compile and c.max_iters >= 1000:
+                train_step.compile()
+                start_time = time.perf_counter() - progress.seconds
 
-        # one step
-        loss, to_stop = train_step(progress.step, stop.requested)
-        progress.step += 1
-        progress.loss_sum += loss
-        progress.loss_count += 1
-        bar.update()
+            # one step
+            loss, to_stop = train_step(progress.step, stop.requested)
+            progress.step += 1
+            progress.loss_sum += loss
+            progress.loss_count += 1
+            bar.update()
 
-        # every ten steps: the host waits for the device to read the loss, all weights, and whether
-        # another process is to stop
-        evaluating = progress.step % c.eval_interval == 0
-        evaluating = evaluating or progress.step in (FIRST_EVAL, c.max_iters)
-        reading = evaluating or progress.step % 10 == 0
-        if reading or WORLD_SIZE == 1:
-            stopping = bool(to_stop)
-        if not reading and not stopping:
-            continue
-        mean_loss = progress.loss_sum.item() / progress.loss_count
-        progress.seconds = time.perf_counter() - start_time
-        bar.set_postfix_str(f"loss {mean_loss:.3f}")
-        weight_norm = nn.utils.get_total_norm(method.parameters()).item()
-        finite = math.isfinite(mean_loss) and math.isfinite(weight_norm)
-        check(finite, f"the loss, {mean_loss:.3g}, or a weight is no number at step "
-              f"{progress.step}: try a lower --learning_rate; what is saved is good")
+            # every ten steps: the host waits for the device to read the loss, all weights, and
+            # whether another process is to stop
+            evaluating = progress.step % c.eval_interval == 0
+            evaluating = evaluating or progress.step in (FIRST_EVAL, c.max_iters)
+            reading = evaluating or progress.step % 10 == 0
+            if reading or WORLD_SIZE == 1:
+                stopping = bool(to_stop)
+            if not reading and not stopping:
+                continue
+            mean_loss = progress.loss_sum.item() / progress.loss_count
+            progress.seconds = time.perf_counter() - start_time
+            bar.set_postfix_str(f"loss {mean_loss:.3f}")
+            weight_norm = nn.utils.get_total_norm(method.parameters()).item()
+            finite = math.isfinite(mean_loss) and math.isfinite(weight_norm)
+            check(finite, f"the loss, {mean_loss:.3g}, or a weight is no number at step "
+                  f"{progress.step}: try a lower --learning_rate; what is saved is good")
 
-        # the first process evaluates, saves and shows a sample; the others wait for it
-        if RANK > 0 or not (evaluating or stopping):
-            continue
-        if evaluating:
-            log_evaluation(ema, data, c, folder, progress, mean_loss)
-            progress.loss_sum = torch.zeros_like(loss)
-            progress.loss_count = 0
-        states = {name: part.state_dict() for name, part in parts.items()}
-        states["progress"] = {**vars(progress), "loss_sum": float(progress.loss_sum)}
-        folder.save("ckpt.pt", {**states, "step": progress.step})
-        try_to_write(write_log, folder.path / "log.csv", progress.log)
-        if evaluating:
-            try_to_write(show_sample, ema, folder.path)
-            start_time = time.perf_counter() - progress.seconds        # only steps count
+            # the first process evaluates, saves and shows a sample; the others wait for it
+            if RANK > 0 or not (evaluating or stopping):
+                continue
+            if evaluating:
+                log_evaluation(ema, data, c, folder, progress, mean_loss)
+                progress.loss_sum = torch.zeros_like(loss)
+                progress.loss_count = 0
+            states = {name: part.state_dict() for name, part in parts.items()}
+            states["progress"] = {**vars(progress), "loss_sum": float(progress.loss_sum)}
+            folder.save("ckpt.pt", {**states, "step": progress.step})
+            try_to_write(write_log, folder.path / "log.csv", progress.log)
+            if evaluating:
+                try_to_write(show_sample, ema, folder.path)
+                start_time = time.perf_counter() - progress.seconds        # only steps count
 
-    bar.close()
-    stop.restore()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if progress.step < c.max_iters:
@@ -272,7 +270,7 @@ def describe(e, method, unit):
 class StopSignal:
     """Ctrl-C, SIGTERM or SIGHUP lets the step finish and saves; a second Ctrl-C ends it."""
 
-    def __init__(self):
+    def __enter__(self):
         self.requested = False
         self.previous = {}
         # only the main thread can have handlers; Windows has no SIGHUP
@@ -281,13 +279,14 @@ class StopSignal:
             stops = is_main and number.name in ("SIGINT", "SIGTERM", "SIGHUP")
             if stops and signal.getsignal(number) != signal.SIG_IGN:   # nohup ignores it
                 self.previous[number] = signal.signal(number, self.request)
+        return self
 
     def request(self, number, _):
         self.requested = True
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    def restore(self):
+    def __exit__(self, *_):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 

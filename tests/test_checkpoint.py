@@ -241,17 +241,13 @@ def test_nohup_means_that_a_hangup_stops_nothing_and_kill_9_loses_nothing(corpus
 
 def test_only_a_second_ctrl_c_ends_at_once_and_handlers_are_put_back():
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    stop = train.StopSignal()
-    try:
+    with pytest.raises(KeyboardInterrupt), train.StopSignal() as stop:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
             assert stop.requested
             stop.requested = False
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-    finally:
-        stop.restore()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
     assert before == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 

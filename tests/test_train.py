@@ -233,6 +233,7 @@ def test_a_nan_ends_the_run_and_keeps_what_was_saved(corpus, tmp_path, monkeypat
     line = refused(train.main, [corpus, *TINY, "--max_iters=20", "--eval_interval=5",
                                 f"--out={tmp_path}/run"])
     assert "is no number at step 10" in line and "try a lower --learning_rate" in line
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     state = read_state(tmp_path / "run")
     assert state["step"] == 5
     assert all(x.isfinite().all() for x in tensors(state))
