@@ -43,7 +43,9 @@ class RunFolder:
 
     def write_status(self, status):
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "status").write_text(status)
+        part = self.path / "status.part"
+        part.write_text(status)
+        os.replace(part, self.path / "status")
 
     def restore(self, parts, state):
         """Load a checkpoint into the parts of a run, {name: module, optimizer or scaler}."""

@@ -36,7 +36,6 @@ CORPORA = {   # name: (file, addresses, its sha256 or else its size in bytes)
         "enwik8", [f"https://{MAHONEY}/enwik8.zip", f"http://{MAHONEY}/enwik8.zip"], 100_000_000),
 }
 
-
 PIECE = 2 ** 22      # characters of a large text that are read, encoded, ... at a time
 
 

@@ -34,7 +34,7 @@ def files(folder):
 
 def but_status(folder):
     """The same without the status, which says that a process has begun."""
-    return {path: contents for path, contents in files(folder).items() if path.name != "status"}
+    return {path: contents for path, contents in files(folder).items() if path.stem != "status"}
 
 
 def make_run(folder, status, age, names=("best.pt", "ckpt.pt")):
@@ -298,6 +298,8 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays_whole(corpus, tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert but_status(tmp_path) == before
+    if not room:
+        assert (tmp_path / "status").read_text() == "finished"
     train.main(resume)
     assert read_state(tmp_path)["step"] == 6
 
@@ -307,8 +309,12 @@ def test_a_save_that_fails_leaves_no_piece(corpus, tmp_path, monkeypatch):
     train.main([corpus, *SHORT, f"--out={tmp_path}"])
     before = but_status(tmp_path)
 
-    def fail(*_):
-        raise OSError(5, "Input/output error")
+    replace = os.replace
+
+    def fail(part, path):
+        if path.suffix == ".pt":
+            raise OSError(5, "Input/output error")
+        replace(part, path)
 
     monkeypatch.setattr(os, "replace", fail)
     line = refused(train.main, ["--resume", "--max_iters=6", f"--out={tmp_path}"])
