@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 
+from experiments import uniform
 from experiments.uniform import UniformDiffusion, UniformSampler, alpha, posterior
 from step import reseed
 from train import evaluate
@@ -119,3 +121,12 @@ def test_samples_are_distributed_as_enumerated(net, known):
     chi2 = ((counts - n * p) ** 2 / (n * p)).sum()
     df = len(p) - 1
     assert chi2 < df + 5 * math.sqrt(2 * df)
+
+
+def test_it_trains_and_writes(corpus, tmp_path, capsys):
+    uniform.main([corpus, *TINY, "--max_iters=2", f"--out={tmp_path}/run"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith(
+        "done: python -m experiments.uniform sample --out=")
+    uniform.main(["sample", f"--out={tmp_path}/run", "--length=20", "--steps=3"])
+    said = capsys.readouterr()
+    assert len(said.out) == 21 and "\n6 network calls" in said.err         # of two windows
