@@ -178,10 +178,11 @@ def test_train_sample_and_resume(tmp_path, capsys):
     out = f"--out={tmp_path}/embed"
     r = run("embed_diffusion.py", *TINY, out)
     assert "nats/char" in r.stdout and "done: python embed_diffusion.py sample" in r.stdout
-    for how in ("--rounding=clamp", "--rounding=cosine", "--prompt=def {9} (self)"):
+    for how, calls in (("--rounding=clamp", 3), ("--rounding=cosine", 3), ("--two_pass", 6),
+                       ("--prompt=def {9} (self)", 3)):
         embed_diffusion.main(["sample", out, "--steps=3", how])
         shown = capsys.readouterr()
-        assert "3 network calls" in shown.err and shown.out.strip()
+        assert f"\n{calls} network calls" in shown.err and shown.out.strip()
     assert shown.out.startswith("def ") and shown.out.endswith(" (self)\n")
     with pytest.raises(SystemExit, match="which cannot become"):
         embed_diffusion.main(["--resume", "--recipe=baseline", out])
