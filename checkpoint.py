@@ -36,9 +36,8 @@ class RunFolder:
         self.meta = {**meta, "config": {**asdict(c), "out": "", "resume": False}}
         self.token = secrets.token_hex(8)
         self.path = Path(c.out)
-        if RANK == 0:
-            if not resumed:
-                self.path = claim_folder(c.out, meta["method"])
+        if RANK == 0 and not resumed:
+            self.path = claim_folder(c.out, meta["method"])
             self.write_status(self.token)
 
     def write_status(self, status):
@@ -58,6 +57,8 @@ class RunFolder:
                 load_optimizer(part, state[name])
             elif state[name]:                              # the scaler of a CPU has no state
                 part.load_state_dict(state[name])
+        if RANK == 0:                                      # from now on the folder is ours
+            self.write_status(self.token)
 
     def save(self, name, state):
         """Write to a temporary file, then rename: a checkpoint is complete or not there."""

@@ -317,9 +317,8 @@ def first_line(error):
 
 
 def is_out_of_memory(error):
-    text = str(error)
     if isinstance(error, RuntimeError):
-        return "memory" in text and "illegal" not in text              # illegal access: a bug
+        return "memory" in str(error) and "illegal" not in str(error)  # illegal access: a bug
     return isinstance(error, MemoryError)
 
 

@@ -135,6 +135,11 @@ def test_drawn_bound_and_elbo_loss_are_unbiased(schedule):
     assert weight.mean().item() == pytest.approx(1, abs=1e-6)
     nats, _ = m.bound(x0.expand(10000, 4), torch.rand(10000), range(10000))
     assert abs(nats.mean() - exact) < 4 * nats.std() / 10000 ** 0.5
+    x0 = torch.randint(7, (16, 10))
+    for kind in ("elbo", "pooled"):
+        m = MaskedDiffusion(Says(torch.zeros(7)), 7, schedule, kind)
+        assert m(x0).item() == pytest.approx(math.log(7), abs=1e-6)
+    assert torch.allclose(m.bound(x0, torch.rand(16), range(16))[0], torch.tensor(7.0).log())
 
 
 def test_pooled_is_the_documents_loss():
@@ -170,6 +175,32 @@ def test_cosine_schedule_is_the_documents():
 
 
 # ---- the baseline
+
+def test_baseline_is_causal_and_sees_all_that_came_before():
+    m = small(objective="ar", block_size=8)
+    x = torch.randint(5, (1, 8))
+    before = m.logits(x)
+    for j in range(8):
+        y = x.clone()
+        y[0, j] = (y[0, j] + 1) % 5
+        changed = (m.logits(y) - before).abs().amax(-1)[0] > 0
+        assert changed.tolist() == [i > j for i in range(8)]
+
+
+def test_batch_rows_are_independent():
+    m = small()
+    x0 = torch.randint(5, (3, 12))
+    known = torch.rand(3, 12) < 0.3
+    other = x0.clone()
+    other[1:] = (other[1:] + 1) % 5
+    results = []
+    for x in (x0, other):
+        torch.manual_seed(0)
+        *_, (x, _) = m.sample(x, known, Sample(steps=5, order="confidence"))
+        results.append(x)
+    assert torch.equal(results[0][0], results[1][0])
+    assert not torch.equal(results[0], results[1])
+
 
 @pytest.mark.parametrize("given", ["............", "###.........", "..##.#..####", "#.#.#.#.#.#."])
 def test_baseline_writes_what_it_would_without_a_cache(given, fp32):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from gaussian import GaussianDiffusion, TokenDiffusion, alpha_sigma, log_likelihood
+from gaussian import (
+    GaussianDiffusion, TokenDiffusion, alpha_sigma, log_likelihood, reverse_step)
 
 SCHEDULES = ["linear", "cosine", "sqrt"]
 PREDICT = ["x0", "eps", "v"]
@@ -320,3 +321,38 @@ def test_log_likelihood_is_the_normal_density(table):
             assert torch.allclose(ours[near], truth[near], atol=0.05)
             assert (ours[~near] < -25).all()
             assert torch.allclose(ours.softmax(-1), truth.softmax(-1), atol=1e-3)
+
+
+# ---- steps
+
+@pytest.mark.parametrize("predict", PREDICT)
+def test_ddim_goes_straight_to_the_datum_of_an_oracle(predict):
+    """On any sub-grid z = alpha x + sigma eps, with the eps of the start."""
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 2, dtype=torch.float64) * 2 - 1
+    m = method(lambda z, gamma: x, predict)
+    a, s = at(m, 1.0)
+    start = torch.randn(4, 3, 2)
+    for steps in (1, 2, 7, 50):
+        *frames, (y, _) = m.sample(start, sampler(steps=steps))
+        assert len(frames) == steps - 1 and torch.allclose(y, x, atol=1e-3)
+        for i, (z, _) in zip(range(steps - 1, 0, -1), frames, strict=True):
+            b, s_next = at(m, i / steps)
+            assert torch.allclose((z - b * x) / s_next, (start - a * x) / s, atol=0.01)
+
+
+@pytest.mark.parametrize("k", [1, 300])
+def test_the_ancestral_step_is_the_posterior_of_ddpm(k):
+    """q(x_{t-1} | x_t, x0): mean and variance in the paper's equations 6 and 7."""
+    torch.manual_seed(0)
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    bar = (1 - beta).cumprod(0)
+    z = torch.full((1, 1, 1), 0.7, dtype=torch.float64)
+    x = torch.full((1, 1, 1), -0.4, dtype=torch.float64)
+    mean = bar[k - 1].sqrt() * beta[k] * x + (1 - beta[k]).sqrt() * (1 - bar[k - 1]) * z
+    mean = mean / (1 - bar[k])
+    var = (1 - bar[k - 1]) / (1 - bar[k]) * beta[k]
+    gamma, gamma_next = [-(v / (1 - v)).log().view(1, 1) for v in (bar[k], bar[k - 1])]
+    y = reverse_step(z.expand(2, 20000, 1), x, gamma, gamma_next, "ancestral")
+    assert (y.mean() - mean).abs() < 5 * (var / 40000) ** 0.5
+    assert (y.var() / var - 1).abs() < 0.04

@@ -10,7 +10,7 @@ import sys
 import textwrap
 
 import torch
-from conftest import ROOT, TINY, end, read_state, start
+from conftest import ROOT, TINY, end, read_state, run, start
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = (r"[Ii]n\s`([\w.]+)`,\s(above|instead of)\s(?:the line that begins with )?`([^`\n]+)`,"
@@ -124,6 +124,7 @@ def test_the_lines_from_python_write(monkeypatch):
     assert len(texts) == 2
     for text in texts:
         assert re.fullmatch(r"ROMEO:.{20,23}JULIET:", text, re.S) and "·" not in text
+    assert run("-c", lines).stdout == shown.getvalue()     # in a plain shell
 
 
 def test_what_is_printed_is_what_was_printed():

@@ -2,6 +2,7 @@
 Gaussians, points on a line; digits that are replayed, blurred or noise. The table of digits."""
 import functools
 import math
+import random
 import re
 
 import pytest
@@ -38,6 +39,14 @@ def test_metrics_of_texts(texts, expected):
     m = text_metrics(texts, SOURCE, vocabulary(SOURCE))
     for key, value in expected.items():
         assert m[key] == pytest.approx(value, nan_ok=True), key
+
+
+def test_metrics_of_uniform_noise():
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefghijklmnop ", k=128)) for _ in range(400)]
+    m = text_metrics(texts, SOURCE, vocabulary(SOURCE))
+    assert abs(m["entropy"][0] - math.log2(17)) < 0.005 and m["words"][0] < 0.1
+    assert m["fourgrams"] > 0.7 and m["longest"] <= 6
 
 
 # images of digits

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import subprocess
+import zlib
 from types import SimpleNamespace
 
 from conftest import CHROMIUM
@@ -68,6 +69,24 @@ def test_the_page_in_a_browser(tmp_path):
     assert len(set(re.findall(r'<span style="color: (.*?)"', early))) > 2
     assert played(path) == ["Play 0", "Play 1", "Play 0", "Pause 0", "Play 12", "Play 30",
                             "Over steps", "a dot", "other contents"]
+    shot = tmp_path / "shot.png"
+    command = [CHROMIUM, *FLAGS[:-1], "--window-size=400,3000", f"--screenshot={shot}"]
+    subprocess.run([*command, f"file://{path}#step=60"], capture_output=True, timeout=120)
+    assert n_colours(shot) > 2500                          # a page whose script is dead has 900
+
+
+def n_colours(path):
+    """How many different pixels a PNG of 8-bit colours has, its rows left filtered as they are."""
+    raw = path.read_bytes()
+    body = b""
+    start = 8
+    while start < len(raw):
+        size = int.from_bytes(raw[start:start + 4], "big")
+        if raw[start + 4:start + 8] == b"IDAT":
+            body += raw[start + 8:start + 8 + size]
+        start += 12 + size
+    rows = zlib.decompress(body)
+    return len({rows[i:i + 3] for i in range(0, len(rows) - 3, 3)})
 
 
 def played(path):

@@ -181,6 +181,9 @@ def test_from_left_to_right_it_is_the_chain_rule():
     s = Sample(**{**EXACT, "order": "left"}, steps=4)
     found = MaskedDiffusion(net, 3).sampler_nll(TEXTS, TEXTS < 0, s)
     assert torch.allclose(found, nats, atol=1e-6)
+    likeliest = Sample(**{**EXACT, "order": "left", "temperature": 0.0}, steps=4)
+    nats = MaskedDiffusion(net, 3).sampler_nll(TEXTS, TEXTS < 0, likeliest)
+    assert (nats == 0).sum() == 1 and (nats == math.inf).sum() == 80
 
 
 def test_to_order_by_the_true_token_is_no_likelihood():
@@ -246,8 +249,9 @@ def test_oracles_write_the_joint_and_in_a_gap_the_conditional():
     cannot look ahead, p(x_0) p(x_2 | x_0, x_1); neither touches the middle."""
     oracle = Oracle(3, 3)
     p = oracle.p.view(3, 3, 3)
-    x = draw(MaskedDiffusion(oracle, 3), 20000, Sample(**EXACT, steps=3))
-    check_distribution(x, 3, oracle.p)
+    for order in ORDERS:
+        s = Sample(**{**EXACT, "order": order}, steps=3)
+        check_distribution(draw(MaskedDiffusion(oracle, 3), 20000, s), 3, oracle.p)
     prompt = dict(x=(0, 2, 0), known=(False, True, False))
     masked = torch.zeros(3, 3, 3)
     masked[:, 2] = p[:, 2] / p[:, 2].sum()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 
+import data
 import generate
 from config import Sample
 from data import CharTokenizer
@@ -125,10 +126,14 @@ def test_a_text_of_many_windows_has_a_bar(monkeypatch):
 # -------------------------------------------------------------------------------------------------
 # terminals
 
-def test_watch_shows_frames_only_in_a_terminal(trained, written):
+def test_watch_shows_frames_only_in_a_terminal(trained, written, monkeypatch):
     args = ["--watch", "--length=32", "--steps=4"]
     text, _ = written(*args)
     assert "\x1b" not in text and len(text) == 33
+    with monkeypatch.context() as patch:                   # a terminal, but a dumb one
+        for module in (generate, data):
+            patch.setattr(module, "TERMINAL", True, raising=False)
+        assert "\x1b" not in written(*args).out
     if os.name != "posix":
         return
     import pty

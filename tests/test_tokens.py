@@ -66,7 +66,17 @@ def distance(y, p):
 
 # ---- bounds and losses
 
-@pytest.mark.parametrize("table", [BITS, UNEQUAL], ids=["bits", "unequal"])
+@pytest.mark.parametrize("table, end", [(UNEQUAL, -8.0), (GREY, -13.3)], ids=["unequal", "grey"])
+def test_a_silent_network_has_the_bound_log_V(table, end):
+    V = len(table)
+    m = TokenDiffusion(Says(torch.zeros(V)), table, gamma_min=end)
+    e = evaluate(m, torch.randint(V, (500, 8), generator=torch.Generator().manual_seed(0)), 8)
+    error = max(0.015 * math.log(V), 4 * e["stderr"])
+    assert e["bound"] == pytest.approx(math.log(V), abs=error)
+
+
+@pytest.mark.parametrize("table", [BITS, torch.eye(27), UNIT, UNEQUAL],
+                         ids=["bits", "one-hot", "unit", "unequal"])
 def test_a_network_that_knows_the_source_has_its_entropy(table):
     """And with loss=elbo the training loss of every schedule is the integral of the bound."""
     g = torch.Generator().manual_seed(0)
@@ -102,12 +112,15 @@ def test_of_a_joint_source_the_bound_is_the_entropy_and_samples_follow_it(stagge
     assert (y[:, 0] == 1).all() and distance(y[:, 1:], JOINT[4:] / JOINT[4:].sum()) < 0.04
 
 
-def test_an_oracle_returns_the_tokens_and_its_bound_is_the_kl_of_the_end():
+@pytest.mark.parametrize("table, stagger", [(UNIT, 0), (BITS, 3)], ids=["unit", "bits"])
+def test_an_oracle_returns_the_tokens_and_its_bound_is_the_kl_of_the_end(table, stagger):
     x0 = torch.randint(27, (4, 9))
-    m = TokenDiffusion(Says(1e4 * F.one_hot(x0, 27).float()), UNIT, gamma_min=-8.0, gamma_max=5.0)
+    m = TokenDiffusion(Says(1e4 * F.one_hot(x0, 27).float()), table, gamma_min=-8.0,
+                       gamma_max=5.0, stagger=stagger)
     nats, _ = m.bound(x0, torch.tensor([0.1, 0.3, 0.6, 0.9]), range(4))
     a, s = alpha_sigma(torch.tensor(5.0).double())
-    kl = (a ** 2 + 16 * (s ** 2 - 1 - 2 * s.log())) / 2                # |x| = 1, 16 dimensions
+    K = table.size(1)
+    kl = (a ** 2 * table[0].square().sum() + K * (s ** 2 - 1 - 2 * s.log())) / 2
     assert torch.allclose(nats, kl.expand(4), atol=1e-6)
     for steps, kind in ((1, "ddim"), (7, "ddim"), (5, "ancestral")):
         *_, (y, p) = m.sample(x0 * 0, x0 < 0, sampler(steps=steps, sampler=kind))
