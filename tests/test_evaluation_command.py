@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import end, run, start
 from test_evaluate import drawn, save, tables_of, text_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import analog_bits
 import config
@@ -173,6 +174,17 @@ def test_diagnostics_of_an_untrained_table(runs, capsys):
     assert order < 0.3 * order_of_text
     done = run("-m", "evaluation.diagnostics", f"--out={runs}/masked", code=1)
     assert "only embeddings and bits have diagnostics" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["masked", "AR", "bits", "embeddings"])
+def test_the_operations_of_a_step_are_those_that_torch_counts(name, monkeypatch):
+    monkeypatch.setattr(config, "AMP", config.AMP)         # to be put back
+    c = Masked(n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=4, compile=False)
+    script, settings = bench.text_models(c)[name]
+    row = bench.Trained(script, settings, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        row.train_step.micro_batch()
+    assert row.flops() == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_bench_prints_markdown_rows(capsys, monkeypatch):
