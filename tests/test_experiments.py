@@ -223,7 +223,7 @@ def test_rows_of_samplers_are_compared_and_measured_once(runs, sampler_tables, m
         sampler_nll.main([f"--out={runs['ar']}", runs["dataset"]])
 
 
-def test_kills_find_every_checkpoint_as_it_should_be(capsys):
+def test_kills_find_every_checkpoint_as_it_should_be(capsys, monkeypatch):
     """And a digest tells apart all but what a clock has measured."""
     state = {"step": 20, "ema": {"w": torch.ones(2)}, "adam": [torch.zeros(1), 0.5]}
     others = [{**state, "step": 40}, {**state, "ema": {"w": torch.tensor([1.0, 1.5])}},
@@ -233,6 +233,11 @@ def test_kills_find_every_checkpoint_as_it_should_be(capsys):
     kills.main(["2", "0"])
     out = capsys.readouterr().out
     assert "2 kills, " in out and "2 checkpoints as of a run that was not killed" in out
+    found = [(20, "another"), (20, "another"), (40, "another")]
+    monkeypatch.setattr(kills, "kill_and_resume", lambda *_: found)
+    with pytest.raises(SystemExit, match="they differ"):
+        kills.main(["3", "0"])
+    assert "3 kills, 2 different steps up to 40: 0 checkpoints" in capsys.readouterr().out
 
 
 def test_control(runs, monkeypatch, capsys):
