@@ -204,6 +204,9 @@ def test_bench_prints_markdown_rows(capsys, monkeypatch):
     assert all(float(row[1].split()[0]) > 0 and float(row[4].replace(",", "")) > 0 for row in rows)
     assert rows[3][5] == rows[7][5] == "1.00" and float(rows[0][5]) > 0
     assert [row[1] for row in writing] == ["16", "6", "16", "16", "50", "50"]
+    for _, calls, ms, speed in writing:
+        seconds = int(calls) * float(ms.split()[0]) / 1e3
+        assert float(speed.replace(",", "")) == pytest.approx(2 * 16 / seconds, rel=0.1)
 
 
 def test_milliseconds_are_the_median_the_least_and_the_greatest_of_a_call(monkeypatch):
