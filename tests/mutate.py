@@ -9,9 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("e*/*.py"))]
 TESTS = {"diffusion": "samplers", "gaussian": "tokens", "analog_bits": "bits", "report": "page",
-         "embed_diffusion": "embed control tables", "generate": "blanks scripts", "table": "tables",
-         "mnist_ddpm": "mnist data", "__main__": "report metrics", "readme": "house",
-         "samples": "metrics", "samplers": "metrics", "digits": "metrics", "checkpoint": "callers",
+         "embed_diffusion": "embed control tables", "generate": "blanks scripts",
+         "table": "tables", "mnist_ddpm": "mnist data", "__main__": "report metrics",
+         "samples": "metrics", "samplers": "metrics", "digits": "metrics", "readme": "house",
+         "checkpoint": "callers", "train": "callers", "config": "callers mnist",
          "evaluation": "evaluate evaluation_command", "experiments": "experiments"}
 OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE,
          ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, "min": "max", "max": "min",

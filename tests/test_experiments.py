@@ -103,6 +103,12 @@ def test_the_svg_of_a_known_history():
         assert f'keyTimes="0.0000;{at}" values="0;1"' in char and color in char
 
 
+def test_a_line_of_the_svg_ends_where_the_text_has_a_new_line_at_last():
+    history = [(torch.tensor(ids), torch.ones(2)) for ids in ([2, 2], [2, 0], [1, 0])]
+    svg = animate.text_svg(history, torch.zeros(2) > 0, CharTokenizer("a\n"), 3, columns=9)
+    assert 'x="16.0" y="54" ' in svg and 'x="25.6"' not in svg
+
+
 def test_strips_are_evenly_spaced_looks(runs, tmp_path, monkeypatch):
     frames = [torch.full((100, 28, 28), i / 50) + torch.arange(100)[:, None, None] / 100 - 1
               for i in range(50)]

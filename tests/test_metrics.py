@@ -138,6 +138,9 @@ def test_digits_replayed_blurred_noise(real):
     own = digit_metrics(x, asked, real, itself=1)
     assert own["right"][0] > 0.95 and own["precision"][0] > 0.8 and own["recall"][0] > 0.8
     assert own["near"][0] == pytest.approx(1, abs=0.1)
+    features, _ = digits.classify(real.for_features, x)
+    seen = covered(real.features[torch.linspace(0, len(real.test) - 1, 300).long()], features)
+    assert own["recall"][0] == pytest.approx(seen.double().mean().item())
     replayed = digit_metrics(x, asked, real)
     assert replayed["near"][0] == pytest.approx(0, abs=0.01)
     assert replayed["read"] == own["read"] and sum(own["read"]) == 300
