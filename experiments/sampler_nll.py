@@ -40,7 +40,7 @@ class Samplers(Settings):   # python -m experiments.sampler_nll
     data_dir: str = ""             # where corpora are kept; empty: data/
     windows: int = 128             # of held-out text, evenly spaced
     n: int = 256                   # texts that are written by each of ten samplers; 0: none
-    only: str = ""                 # the rows of held-out text whose title has one of these; a;b;c
+    only: str = ""                 # a;b: of held-out text only rows with a or b in their title
     fp32: bool = False             # in half precision near ties fall otherwise
 
     def __post_init__(self):
