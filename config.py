@@ -11,6 +11,8 @@ import inspect
 import math
 import os
 import platform
+import re
+import shlex
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -61,21 +63,26 @@ if GPU and WORLD_SIZE > 1:
     torch.cuda.set_device(LOCAL_RANK)
 
 
-# settings that are 1 or more; other numbers are 0 or more, unless their default is negative
+# settings that are 1 or more; other numbers are 0 or more, but gamma_min is any
 ONE_OR_MORE = {"max_iters", "eval_interval", "n_layer", "n_head", "n_embd", "batch_size", "dim",
                "grad_accum", "block_size", "steps", "n", "block", "windows"}
 PATHS = {"out", "dataset", "data_dir", "table", "ar", "png", "svg", "json", "eval_model"}
 
 
 class Settings:
+    may_be_zero = ()
+
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
             choices = get_args(f.type)
             if choices:
                 check(value in choices, f"{f.name}={value} is none of {choices}")
-            elif not isinstance(value, str) and f.default >= 0:
-                least = int(f.name in ONE_OR_MORE and f.default > 0)
+                continue
+            kind = (int, float) if f.type is float else f.type
+            check(isinstance(value, kind), f"{f.name}={value!r} is no {f.type.__name__}")
+            if not isinstance(value, str) and f.name != "gamma_min":
+                least = int(f.name in ONE_OR_MORE and f.name not in self.may_be_zero)
                 check(least <= value < math.inf, f"{f.name}={value} must be {least} or more")
 
 
@@ -88,25 +95,25 @@ class Config(Settings):   # every script that trains
     # run
     out: str = ""                  # folder of the run; empty: out/<method>, or out/<method>.1, ...
     resume: bool = False           # go on with the run in `out`; empty: with the newest unfinished
-    seed: int = 1337
-    max_iters: int = 20000 if GPU else 2800
-    eval_interval: int = 1000 if GPU else 400
+    seed: int = 1337               # of the weights and of all noise
+    max_iters: int = 20000 if GPU else 2800      # steps
+    eval_interval: int = 1000 if GPU else 400    # steps between evaluations
     windows: int = 4000            # of the validation text, that the last evaluation takes at most
     compile: bool = sys.platform != "darwin"   # after step 100, in runs of 1,000 steps or more
     # model
-    block_size: int = 256 if GPU else 128
-    n_layer: int = 6
-    n_head: int = 6 if GPU else 5
-    n_embd: int = 384 if GPU else 160
-    dropout: float = 0.1 if GPU else 0.0
+    block_size: int = 256 if GPU else 128        # characters of a window
+    n_layer: int = 6               # blocks
+    n_head: int = 6 if GPU else 5  # attention heads of a block
+    n_embd: int = 384 if GPU else 160            # channels
+    dropout: float = 0.1 if GPU else 0.0         # share of what a block adds that is dropped
     # optimizer
     batch_size: int = 64 if GPU else 32     # of one micro-batch
     grad_accum: int = 1            # micro-batches a step, of all processes together
     optimizer: Literal["muon", "adamw"] = "muon"   # muon: for matrices in blocks, adamw for others
     learning_rate: float = 6e-3    # of both: Muon's update is scaled to AdamW's
-    warmup_iters: int = 100
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0         # 0: none
+    warmup_iters: int = 100        # steps in which the learning rate rises
+    weight_decay: float = 0.1      # times the learning rate: share of a weight lost in a step
+    grad_clip: float = 1.0         # largest norm of the gradient; 0: any
     ema: float = 0.998             # decay of the averaged weights, which are evaluated
 
     def __post_init__(self):
@@ -118,7 +125,7 @@ class Config(Settings):   # every script that trains
 
 @dataclass(frozen=True)
 class Masked(Config):   # train.py: masked diffusion and the autoregressive baseline
-    objective: Literal["masked", "ar"] = "masked"
+    objective: Literal["masked", "ar"] = "masked"     # ar: the autoregressive baseline
     schedule: Literal["linear", "square", "cosine"] = "linear"   # of the mask rate in training
     loss: Literal["elbo", "pooled"] = "pooled"     # the bound, or the mean per masked character
     time: bool = False             # feed the network the share masked (it can count the MASKs)
@@ -127,8 +134,8 @@ class Masked(Config):   # train.py: masked diffusion and the autoregressive base
 @dataclass(frozen=True)
 class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion of pixels
     dataset: str = "auto"          # mnist, or digits, drawn by this program; auto: mnist if it can
-    predict: Literal["eps", "x0", "v", "levels"] = "v"
-    schedule: Literal["linear", "cosine", "sqrt"] = "cosine"
+    predict: Literal["eps", "x0", "v", "levels"] = "v"   # what the network predicts
+    schedule: Literal["linear", "cosine", "sqrt"] = "cosine"   # of the noise in training
     loss: Literal["simple", "elbo", "min-snr", "ce"] = "min-snr"   # levels: ce or elbo
     patch: Literal[1, 2, 4, 7, 14] = 4   # pixels on a side of a position
     drop_label: float = 0.1        # share of labels hidden, for classifier-free guidance
@@ -156,7 +163,7 @@ MNIST_RECIPES = {
 
 @dataclass(frozen=True)
 class Codes(Config):   # both below: Gaussian diffusion of tokens through a table of codes
-    schedule: Literal["linear", "cosine", "sqrt"] = "sqrt"
+    schedule: Literal["linear", "cosine", "sqrt"] = "sqrt"   # of the noise in training
     self_cond: bool = True         # show the network its own earlier prediction
     output_prior: bool = True      # add to its logits log p(noisy code | character)
     feed_posterior: bool = True    # show the network those probabilities, too
@@ -177,9 +184,9 @@ class Embed(Codes):   # embed_diffusion.py: the codes are embeddings of characte
     dim: int = 16                  # of an embedding
     table_init: Literal["small", "unit", "free"] = "unit"   # std 0.02, norm row_norm, std 1
     row_norm: float = 2.65         # of table_init=unit: that of 7 bits in analog_bits.py
-    train_table: bool = True
+    train_table: bool = True       # False: it stays as it begins
     table: str = ""                # start from this text file: a character and its numbers a line
-    predict: Literal["eps", "x0", "tokens"] = "tokens"
+    predict: Literal["eps", "x0", "tokens"] = "tokens"   # what the network predicts
     loss: Literal["simple", "ce", "elbo", "diffusion-lm"] = "ce"   # tokens: ce or elbo
     gamma_min: float = -4.0        # -log SNR at the clean end
     gamma_max: float = 8.0         # and where all is noise
@@ -197,39 +204,6 @@ class Embed(Codes):   # embed_diffusion.py: the codes are embeddings of characte
               "feed_posterior, stagger, prompts and fluency need predict=tokens")
         check(not self.table or self.table_init == "unit", "table needs table_init=unit")
 
-# From the usual baseline, which fails, to its cure, one change at a time.
-LADDER = {
-    "baseline": dict(table_init="small", row_norm=1.0, train_table=False, predict="eps",
-                     loss="simple", schedule="linear", gamma_min=-9.2, gamma_max=10.0,
-                     use_positions=False, self_cond=False, output_prior=False,
-                     feed_posterior=False, stagger=0.0, prompts=0.0, time=True),
-    "positions": dict(use_positions=True),                # the network can tell the order
-    "unit": dict(table_init="unit"),                      # rows of norm 1, not 0.02 a number
-    "x0": dict(predict="x0"),                             # predicts the embedding, not the noise
-    "softmax": dict(predict="tokens", loss="ce"),         # predicts characters: learned rounding
-    "learned": dict(train_table=True),                    # trains the table with the network
-    "range": dict(gamma_min=-6.0, gamma_max=6.0),         # where rows of norm 1 differ at all
-    "prior": dict(output_prior=True),
-    "sqrt": dict(schedule="sqrt"),                        # trains where there is most to learn
-    "selfcond": dict(self_cond=True),
-    "hint": dict(feed_posterior=True),
-    "timeless": dict(time=False),                         # the network can see the noise level
-    "turns": dict(stagger=3.0),                           # characters come one after another
-    "scaled": dict(row_norm=2.65, gamma_min=-4.0, gamma_max=8.0),   # the same for longer rows
-}
-EMBED_RECIPES = {}                   # each rung stands on all before it
-rungs = {}
-for rung, change in LADDER.items():
-    rungs = rungs | change
-    EMBED_RECIPES[rung] = rungs
-EMBED_RECIPES |= {
-    "best": {**rungs, "prompts": 0.25},
-    "orderless": {**rungs, "use_positions": False},       # the last rung without the first cure
-    "diffusion-lm": {**EMBED_RECIPES["x0"], "table_init": "free", "train_table": True,
-                     "loss": "diffusion-lm", "schedule": "sqrt", "gamma_min": -4.6,
-                     "gamma_max": 10.0},                  # Li et al. 2022
-}
-
 
 @dataclass(frozen=True)
 class Writing(Settings):   # every script that writes text
@@ -237,12 +211,13 @@ class Writing(Settings):   # every script that writes text
     prompt: str = ""               # {12}: a blank of 12, {20-60}: of unknown length; \n, \\, {{
     length: int = 0                # characters in all; 0: prompt's if it has blanks, or a window
     n: int = 1                     # texts
-    seed: int = 1337
+    seed: int = 1337               # of all that is drawn
     watch: bool = False            # live in the terminal
 
 
 @dataclass(frozen=True)
 class Sample(Writing):   # generate.py: how a masked model or the baseline writes
+    may_be_zero = ("steps",)
     steps: int = 0                 # network calls per window, at most; 0: two a character
     order: Literal["random", "left", "confidence", "margin", "entropy"] = "margin"   # what is first
     counts: Literal["even", "documents", "cosine", "entropy"] = "even"         # entropy: EB sampler
@@ -263,7 +238,7 @@ class CodeSampler(Writing):   # analog_bits.py sample
 
 @dataclass(frozen=True)
 class EmbedSampler(CodeSampler):   # embed_diffusion.py sample
-    mode: Literal["diffusion", "blocks", "guided"] = "diffusion"
+    mode: Literal["diffusion", "blocks", "guided"] = "diffusion"   # guided: by the baseline
     block: int = 32                # mode=blocks: characters written at a time
     ar: str = ""                   # mode=guided: the baseline's checkpoint; empty: results/judge.pt
     ar_weight: float = 0.5         # mode=guided: 0 the network alone, 1 the baseline alone
@@ -276,8 +251,8 @@ class EmbedSampler(CodeSampler):   # embed_diffusion.py sample
 class ImageSampler(Settings):   # mnist_ddpm.py sample
     out: str = ""                  # a run's folder or a checkpoint; empty: the newest finished run
     n: int = 64                    # pictures
-    seed: int = 1337
-    steps: int = 50
+    seed: int = 1337               # of all that is drawn
+    steps: int = 50                # of one network call, with guidance of two
     sampler: Literal["ddim", "ancestral"] = "ddim"
     td: float = 0.0                # asymmetric time intervals: a step goes so many steps further
     digit: Literal[-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9] = -1   # -1: all in turn
@@ -348,8 +323,9 @@ def parse(argv, settings, recipes=None):
         if f.type is bool:
             parser.add_argument(f"--{f.name}", type=boolean, nargs="?", const=True)
         else:
-            choices = get_args(f.type) or None
-            parser.add_argument(f"--{f.name}", type=type(f.default), choices=choices)
+            choices = get_args(f.type)
+            kind = type(choices[0]) if choices else f.type
+            parser.add_argument(f"--{f.name}", type=kind, choices=choices or None)
     if recipes:
         parser.add_argument("--recipe", choices=recipes)
     try:
@@ -357,21 +333,44 @@ def parse(argv, settings, recipes=None):
     except argparse.ArgumentError as error:
         raise SystemExit(str(error)) from None
     typed = vars(known)
-    if "help" in typed:
-        for parent in reversed(settings.__mro__[:-2]):       # all but Settings and object
-            print(inspect.getsource(parent))
-        for name, values in (recipes or {}).items():
-            print(f"--recipe={name}: {values}")
-        raise SystemExit(0)
     if unknown:
-        names = [f"--{f.name}" for f in fields(settings)]
-        similar = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1) or names
-        raise SystemExit(f"no setting {unknown[0]!r}, did you mean {' '.join(similar)}?")
+        raise SystemExit(did_you_mean(unknown[0], settings))
+    asks_for_help = typed.pop("help", False)
     if "recipe" in typed:
         typed = recipes[typed.pop("recipe")] | typed
+    if asks_for_help:
+        show_help(settings(**typed), recipes or {})
+        raise SystemExit(0)
     for name in PATHS & typed.keys():
         typed[name] = expand(name, typed[name])
     return typed
+
+
+def did_you_mean(argument, settings):
+    """What to say of an argument that is no setting."""
+    names = [f"--{f.name}" for f in fields(settings)]
+    if hasattr(sys.modules["__main__"], "sample"):
+        names.append("sample")
+    similar = difflib.get_close_matches(argument.partition("=")[0], names, 1)
+    if not similar and "--prompt" in names and not argument.startswith("-"):
+        return f"no setting {argument!r}; a prompt is written --prompt={shlex.quote(argument)}"
+    return f"no setting {argument!r}, did you mean {' '.join(similar or names)}?"
+
+
+def show_help(s, recipes):
+    """What the script says of itself, its recipes, and the settings s with their comments."""
+    print(sys.modules["__main__"].__doc__)
+    for name, values in recipes.items():
+        print(f"--recipe={name}: {values}")
+    comments = {}
+    for parent in type(s).__mro__[:-2]:                      # all but Settings and object
+        for name, said in re.findall(r"    (\w+): .*?# (.*)", inspect.getsource(parent)):
+            comments.setdefault(name, said)
+    for f in fields(s):
+        setting = f"--{f.name}={getattr(s, f.name)}"
+        choices = " | ".join(map(str, get_args(f.type)))
+        said = [choices, comments.get(f.name, "")]
+        print(f"  {setting:<26}  {'; '.join(filter(None, said))}")
 
 
 def run(main):

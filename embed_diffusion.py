@@ -3,7 +3,7 @@ by step, and Diffusion-LM. settings: config.Embed, config.EmbedSampler. Read wit
 gaussian.py: TokenDiffusion, q_sample, log_likelihood, alpha_sigma and x0_from_output.
 
     python embed_diffusion.py
-    python embed_diffusion.py --recipe=baseline                    # config.EMBED_RECIPES has all
+    python embed_diffusion.py --recipe=baseline                    # RECIPES has all
     python embed_diffusion.py --table=glove.txt                    # begin with a pretrained table
     python embed_diffusion.py sample --rounding=clamp --steps=100
     python embed_diffusion.py sample --prompt="ROMEO:{200}" --watch
@@ -19,20 +19,52 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from checkpoint import load, out_option, start_or_resume
-from config import (DEVICE, EMBED_RECIPES, HERE, Embed, EmbedSampler, Masked, check, parse, print0,
-                    run)
+from config import DEVICE, HERE, Embed, EmbedSampler, Masked, check, parse, print0, run
 from data import Text, clean
 from gaussian import TokenDiffusion, alpha_sigma, q_sample, stratified_times, x0_from_output
 from generate import lay_out, open_model, parse_prompt, show_texts, unescape, write
 from model import Transformer
-from train import build as build_ar
 from step import reseed
+from train import build as build_ar
 from train import fit_text
 
 SETTINGS = Embed
 SAMPLER = EmbedSampler
 DIFFUSION_LM_STEPS = 2000
 DIFFUSION_LM_SIGMA = (1 - (1 - 0.0006 ** 0.5) / 0.99) ** 0.5     # 0.121, noise of its first step
+
+# From the usual baseline, which fails, to its cure, one change at a time.
+LADDER = {
+    "baseline": dict(table_init="small", row_norm=1.0, train_table=False, predict="eps",
+                     loss="simple", schedule="linear", gamma_min=-9.2, gamma_max=10.0,
+                     use_positions=False, self_cond=False, output_prior=False,
+                     feed_posterior=False, stagger=0.0, prompts=0.0, time=True),
+    "positions": dict(use_positions=True),                # the network can tell the order
+    "unit": dict(table_init="unit"),                      # rows of norm 1, not 0.02 a number
+    "x0": dict(predict="x0"),                             # predicts the embedding, not the noise
+    "softmax": dict(predict="tokens", loss="ce"),         # predicts characters: learned rounding
+    "learned": dict(train_table=True),                    # trains the table with the network
+    "range": dict(gamma_min=-6.0, gamma_max=6.0),         # where rows of norm 1 differ at all
+    "prior": dict(output_prior=True),
+    "sqrt": dict(schedule="sqrt"),                        # trains where there is most to learn
+    "selfcond": dict(self_cond=True),
+    "hint": dict(feed_posterior=True),
+    "timeless": dict(time=False),                         # the network can see the noise level
+    "turns": dict(stagger=3.0),                           # characters come one after another
+    "scaled": dict(row_norm=2.65, gamma_min=-4.0, gamma_max=8.0),   # the same for longer rows
+}
+RECIPES = {}                   # each rung stands on all before it
+rungs = {}
+for rung, change in LADDER.items():
+    rungs = rungs | change
+    RECIPES[rung] = rungs
+RECIPES |= {
+    "best": {**rungs, "prompts": 0.25},
+    "orderless": {**rungs, "use_positions": False},       # the last rung without the first cure
+    "diffusion-lm": {**RECIPES["x0"], "table_init": "free", "train_table": True,
+                     "loss": "diffusion-lm", "schedule": "sqrt", "gamma_min": -4.6,
+                     "gamma_max": 10.0},                  # Li et al. 2022
+}
 
 
 class RowNorm(nn.Module):
@@ -192,7 +224,7 @@ def sample(argv):
 def main(argv):
     if argv[:1] == ["sample"]:
         return sample(argv[1:])
-    c, state = start_or_resume(argv, Embed, ["embed"], EMBED_RECIPES)
+    c, state = start_or_resume(argv, Embed, ["embed"], RECIPES)
     data = Text(c)
     reseed(c.seed)
     method = build(c, data.meta)

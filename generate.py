@@ -244,7 +244,10 @@ def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):
         n_calls += calls_per_frame
     seconds = time.perf_counter() - start_time
     texts = ["".join(text) for text in painted_texts(tokenizer, x, confidence)]
-    print("\n\n".join(texts))
+    for i, text in enumerate(texts, 1):
+        if s.n > 1:
+            print(f"--- text {i} of {s.n}")
+        print(text)
     report = f"{n_calls} network calls"
     if not watching:
         speed = s.n * int((~known).sum()) / max(seconds, 1e-9)

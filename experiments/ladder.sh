@@ -1,5 +1,5 @@
 #!/bin/bash
-# Why do embeddings fail, and what cures them? Every recipe of config.EMBED_RECIPES on tiny
+# Why do embeddings fail, and what cures them? Every recipe of embed_diffusion.RECIPES on tiny
 # Shakespeare, then arms beside the last rung: 32 runs of two minutes on two CPU cores, and half an
 # hour for their bounds and samples, into out/ladder.md. bash experiments/ladder.sh [data_dir]
 set -eu
@@ -10,7 +10,7 @@ arm() {   # name, what is changed
     python embed_diffusion.py --dataset=shakespeare --data_dir="$data" --n_layer=4 --n_head=4 \
         --n_embd=128 --max_iters=1000 --eval_interval=500 --out="out/ladder/$name" "$@"
 }
-for recipe in $(python -c "import config; print(*config.EMBED_RECIPES)"); do
+for recipe in $(python -c "import embed_diffusion; print(*embed_diffusion.RECIPES)"); do
     arm $recipe --recipe=$recipe
 done
 for seed in 1 2; do

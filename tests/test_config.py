@@ -13,9 +13,10 @@ import torch
 from conftest import ROOT, last_line, run
 
 import config
+import embed_diffusion
 import generate
 import train
-from config import EMBED_RECIPES, MNIST_RECIPES, Bits, Embed, Masked, Mnist, parse
+from config import MNIST_RECIPES, Bits, Config, Embed, Masked, Mnist, parse
 
 SCRIPTS = {
     "train.py": Masked, "generate.py": config.Sample,
@@ -49,8 +50,8 @@ def test_a_recipe_gives_what_is_not_typed():
     typed = parse(["--loss=elbo", "--recipe=ddpm", "--n_layer=1"], Mnist, MNIST_RECIPES)
     assert typed == {**MNIST_RECIPES["ddpm"], "loss": "elbo", "n_layer": 1}
     assert Mnist(**MNIST_RECIPES["best"]) == Mnist()
-    assert Embed(**EMBED_RECIPES["best"]) == Embed()
-    for recipes, settings in ((MNIST_RECIPES, Mnist), (EMBED_RECIPES, Embed)):
+    assert Embed(**embed_diffusion.RECIPES["best"]) == Embed()
+    for recipes, settings in ((MNIST_RECIPES, Mnist), (embed_diffusion.RECIPES, Embed)):
         every = [settings(**values) for values in recipes.values()]
         assert len(set(every)) == len(every)
 
@@ -68,21 +69,47 @@ def test_settings_have_defaults_that_are_allowed_and_are_read_somewhere():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_the_source(script, monkeypatch, capsys):
-    """Of every script as it is typed."""
+def test_help_has_examples_and_every_setting_in_force(script, monkeypatch, capsys):
+    """Of every script as it is typed: usage, then a line a setting, with the comment in config."""
     file, *kind = script.split()
-    monkeypatch.setattr(sys, "argv", [file, *kind, "--help"])
+    monkeypatch.setattr(sys, "argv", [file, *kind, "--help", "--seed=5"])
+    # the script is not __main__ here, as it is in a shell
+    monkeypatch.setitem(sys.modules, "__main__", importlib.import_module(file.removesuffix(".py")))
     with pytest.raises(SystemExit) as e:
         runpy.run_path(str(ROOT / file), run_name="__main__")
     assert e.value.code == 0
     out = capsys.readouterr().out
+    assert out.count(f"    python {file}") >= 3 or script.startswith("analog_bits")
     settings = SCRIPTS[script]
-    *parents, _, _ = [parent.__name__ for parent in settings.__mro__]
-    assert re.findall(r"^class (\w+)", out, re.M) == parents[::-1]
-    for f in dataclasses.fields(settings):
-        assert re.search(rf"^    {f.name}: .* = ", out, re.M), f.name
+    in_force = vars(settings(seed=5))
+    said = re.findall(r"(?m)^  --(\w+)=(\S*)(?:$|  +(.*))", out)
+    assert [(name, value) for name, value, _ in said] == [(name, str(value))
+                                                          for name, value in in_force.items()]
+    assert ("seed", "5") in [row[:2] for row in said]
+    comments = {name: comment for name, _, comment in said}
+    assert not [name for name in comments if not comments[name]]
     has_recipes = script in ("embed_diffusion.py", "mnist_ddpm.py")
     assert ("--recipe=best: " in out) == has_recipes
+
+
+def test_help_of_a_recipe_has_its_values(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--recipe=ddpm", "--help"], Mnist, MNIST_RECIPES)
+    out = capsys.readouterr().out
+    assert "--predict=eps  " in out
+    assert re.search(r"--schedule=linear +linear \| cosine \| sqrt; of the noise", out)
+
+
+@pytest.mark.parametrize("field, default, said", [
+    ("n_layer", 0, "n_layer=0 must be 1 or more"), ("n_embd", "160", "n_embd='160' is no int"),
+    ("ema", None, "ema=None is no float"), ("optimizer", "adam", "optimizer=adam is none of"),
+    ("weight_decay", -1.0, "weight_decay=-1.0 must be 0 or more")])
+def test_a_default_that_is_no_allowed_value_is_one_line(field, default, said):
+    """Somebody edits config.py."""
+    fields = [(field, Config.__dataclass_fields__[field].type, default)]
+    edited = dataclasses.make_dataclass("Edited", fields, bases=(Config,), frozen=True)
+    with pytest.raises(SystemExit, match=f"^{re.escape(said)}"):
+        edited(**parse([], edited))
 
 
 BAD = [   # script, arguments, what the one line says
@@ -90,6 +117,9 @@ BAD = [   # script, arguments, what the one line says
     ("train --zzz=3", "no setting '--zzz=3', did you mean --dataset --"),
     ("train --batch=3", "no setting '--batch=3', did you mean --batch_size?"),
     ("train ema=0.99912", "no setting 'ema=0.99912', did you mean --ema?"),
+    ("generate ROMEO:", "no setting 'ROMEO:'; a prompt is written --prompt=ROMEO:"),
+    ("generate ROMEO's", """no setting "ROMEO's"; a prompt is written --prompt='ROMEO'"'"'s'"""),
+    ("mnist_ddpm sampel", "no setting 'sampel', did you mean sample?"),
     ("train --compile=maybe", "argument --compile: invalid boolean value: 'maybe'"),
     ("train --objective=gan", "argument --objective: invalid choice: 'gan' (choose from"),
     ("train --learning_rate=nan", "learning_rate=nan must be 0 or more"),
@@ -177,6 +207,7 @@ def test_bad_input_is_one_line_and_exit_1(typed, says, files, monkeypatch):
     script, *args = typed.replace("TMP", str(files)).split()
     before = {p: p.stat().st_mtime_ns for p in files.rglob("*")}
     monkeypatch.setattr(sys, "argv", [script, *args])
+    monkeypatch.setitem(sys.modules, "__main__", importlib.import_module(script))
     monkeypatch.setattr(train.TrainingStep, "__call__", None)          # what gets so far fails
     with pytest.raises(SystemExit) as e:
         config.run(importlib.import_module(script).main)

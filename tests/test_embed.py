@@ -14,8 +14,8 @@ from torch import nn
 
 import embed_diffusion
 import train
-from config import EMBED_RECIPES, LADDER, Embed, EmbedSampler, parse
-from embed_diffusion import build
+from config import Embed, EmbedSampler, parse
+from embed_diffusion import LADDER, RECIPES, build
 from gaussian import alpha_sigma
 from step import reseed
 
@@ -23,28 +23,28 @@ ABC = {"alphabet": "abcdefgh"}
 
 
 def tiny(recipe="best", **k):
-    return Embed(**{**EMBED_RECIPES[recipe], **dict(block_size=12, n_layer=1, n_head=1, n_embd=16,
-                                                    dim=6), **k})
+    return Embed(**{**RECIPES[recipe], **dict(block_size=12, n_layer=1, n_head=1, n_embd=16,
+                                              dim=6), **k})
 
 
 def settings(*argv):
-    return Embed(**parse(list(argv), Embed, EMBED_RECIPES))
+    return Embed(**parse(list(argv), Embed, RECIPES))
 
 
 # ---- recipes
 
 def test_the_ladder_changes_one_thing_at_a_time_and_ends_at_the_default():
     rungs = list(LADDER)
-    assert list(EMBED_RECIPES)[:len(rungs)] == rungs
+    assert list(RECIPES)[:len(rungs)] == rungs
     for before, name in zip(rungs, rungs[1:], strict=False):
-        a = EMBED_RECIPES[before]
-        b = EMBED_RECIPES[name]
+        a = RECIPES[before]
+        b = RECIPES[name]
         assert {k for k in b if a[k] != b[k]} == set(LADDER[name]), name
-    assert Embed(**EMBED_RECIPES["best"]) == Embed() == settings("--recipe=best")
-    for name, recipe in EMBED_RECIPES.items():
+    assert Embed(**RECIPES["best"]) == Embed() == settings("--recipe=best")
+    for name, recipe in RECIPES.items():
         assert settings("--dim=8", f"--recipe={name}", "--seed=3") == Embed(**recipe, dim=8, seed=3)
     typed = settings("--time=False", "--recipe=baseline")
-    assert typed == Embed(**{**EMBED_RECIPES["baseline"], "time": False})
+    assert typed == Embed(**{**RECIPES["baseline"], "time": False})
 
 
 @pytest.mark.parametrize("args", ["--predict=eps", "--loss=simple", "--predict=x0 --loss=simple",
@@ -54,7 +54,7 @@ def test_what_does_not_go_together_is_one_line(args):
         settings(*args.split())
 
 
-@pytest.mark.parametrize("recipe", EMBED_RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_trains_and_writes_and_only_a_learned_table_moves(recipe, monkeypatch):
     """And with the prior begins with the bound log V."""
     reseed(0)

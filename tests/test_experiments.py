@@ -14,7 +14,6 @@ from conftest import ROOT, read_state
 from test_evaluate import drawn, save, tables_of
 
 import analog_bits
-import config
 import embed_diffusion
 import generate
 import mnist_ddpm
@@ -294,7 +293,7 @@ def test_each_command_of_a_shell_script_has_settings_that_exist(name, tmp_path, 
     stub = tmp_path / "bin/python"
     stub.write_text(f"""#!/bin/bash
 printf '%s\\n' "$*" >> '{tmp_path}/calls'
-[ "$1" = -c ] && echo {' '.join(config.EMBED_RECIPES)}
+[ "$1" = -c ] && echo {' '.join(embed_diffusion.RECIPES)}
 for arg; do case $arg in --out=*) out=${{arg#--out=}} ;; esac; done
 case $1 in *.py) mkdir -p "$out"; echo finished > "$out/status"; touch "$out/best.pt" ;; esac
 """)
@@ -317,12 +316,12 @@ case $1 in *.py) mkdir -p "$out"; echo finished > "$out/status"; touch "$out/bes
         script, *args = call.replace("my data", "my_data").removeprefix("-m ").split()
         if script == "-c":
             exec(call.removeprefix("-c "))
-            assert capsys.readouterr().out.split() == [*config.EMBED_RECIPES]
+            assert capsys.readouterr().out.split() == [*embed_diffusion.RECIPES]
         elif script == "experiments.samplers":
             assert all(s.data_dir.endswith("my_data")
                        for _, s in samplers.combinations(args, Evaluate))
         elif script != "experiments.table":
-            recipes = embed_diffusion.EMBED_RECIPES if script == "embed_diffusion.py" else None
+            recipes = embed_diffusion.RECIPES if script == "embed_diffusion.py" else None
             s = SETTINGS[script](**parse(args, SETTINGS[script], recipes))
             assert s.data_dir.endswith("my_data")
             if script.endswith(".py"):

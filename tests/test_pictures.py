@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from conftest import ROOT
 
-from config import LADDER
+from embed_diffusion import LADDER
 from experiments import pictures
 
 SIZES = {"title": 15, "small": 11, "code": 11}

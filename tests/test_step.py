@@ -16,7 +16,7 @@ import mnist_ddpm
 import step
 import train
 from checkpoint import load_optimizer
-from config import EMBED_RECIPES, Bits, Embed, Masked, Mnist
+from config import Bits, Embed, Masked, Mnist
 from gaussian import TokenDiffusion, draw_for_tokens
 from step import Muon, reseed
 
@@ -29,7 +29,7 @@ METHODS = {
     "ar": (train, Masked(**TINY, objective="ar")),
     "bits": (analog_bits, Bits(**TINY)),
     "embed": (embed_diffusion, Embed(**TINY)),
-    "diffusion-lm": (embed_diffusion, Embed(**TINY | EMBED_RECIPES["diffusion-lm"])),
+    "diffusion-lm": (embed_diffusion, Embed(**TINY | embed_diffusion.RECIPES["diffusion-lm"])),
     "pixels": (mnist_ddpm, Mnist(**TINY, patch=14)),
     "levels": (mnist_ddpm, Mnist(**TINY, patch=14, predict="levels", loss="ce")),
 }
