@@ -34,7 +34,6 @@ class Blocks(Config):   # how the network is built and trained
 class BlockSampler(Sample):   # python -m experiments.block_diffusion sample; exact by default
     steps: int = 0                 # network calls per block, at most; 0: two a character
     order: Literal["random", "left", "confidence", "margin", "entropy"] = "random"
-    min_distance: int = 0
     temperature: float = 1.0
     remask: float = 0.0
 

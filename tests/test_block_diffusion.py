@@ -120,7 +120,7 @@ def test_the_convolutions_see_neighbours_that_attention_sees(block):
 
 
 def written(m, x, known, s):
-    """What m.sample writes, and the calls of the network: (x, start, noisy), logits of each."""
+    """The frames of m.sample, and the calls of the network: (x, start, noisy, logits) of each."""
     calls = []
 
     def keep(net, inputs, logits):
@@ -128,19 +128,24 @@ def written(m, x, known, s):
         calls.append((x[:, 0], start, noisy, logits[:, 0]))
 
     with m.net.register_forward_hook(keep):
-        *_, (x, _) = m.sample(x, known, s)
-    return x, calls
+        frames = list(m.sample(x, known, s))
+    return frames, calls
 
 
 @pytest.mark.parametrize("block", [1, 3, 12])
 def test_with_the_cache_it_writes_by_what_both_streams_predict(block):
-    """One call a character and one a block; of a text of two windows, the first is compared."""
+    """One call a character and one a block, behind a prompt. Of two windows the first is compared.
+    """
     m = model(block)
-    x = torch.full((2, 2 * T), V)
-    x, calls = written(m, x, torch.zeros_like(x, dtype=torch.bool), BlockSampler())
-    assert (x < V).all() and len(calls) == 2 * T + 2 * T // block
-    first = calls[:len(calls) // 2]
-    assert sum(noisy for _, _, noisy, _ in first) == T
+    x0 = texts(2, 2 * T)
+    known = (torch.arange(2 * T) < 3).expand(2, -1)
+    frames, calls = written(m, x0, known, BlockSampler())
+    assert frames[0][0].eq(V).sum(1).tolist() == [2 * T - 4] * 2       # not written yet
+    x, confidence = frames[-1]
+    assert torch.equal(x[:, :3], x0[:, :3]) and (confidence[:, :3] == 1).all() and (x < V).all()
+    assert len(frames) == 2 * T - 3 and len(calls) == len(frames) + 2 * T // block
+    first = calls[:T - 3 + T // block]
+    assert sum(noisy for _, _, noisy, _ in first) == T - 3
     for block_now, start, noisy, logits in first:
         part = slice(start, start + block)
         if noisy:
@@ -244,6 +249,8 @@ def test_it_trains_and_writes(corpus, tmp_path):
     assert said.splitlines()[-1] == f"done: python -m experiments.block_diffusion sample {out}"
     said = run(*script, "sample", out, "--prompt=9 is the square of", "--length=41", "--steps=2")
     assert said.stdout.startswith("9 is the square of") and len(said.stdout) == 42
+    # 4 blocks are known, two characters of the next are not, 5 blocks and one character follow
+    assert "\n17 network calls" in said.stderr
     for args, message in ((["sample", out, "--prompt={3} is"], "blocks are written in order"),
                           ([corpus, *TINY, "--block=5"], "block=5 must divide block_size=16")):
         with pytest.raises(SystemExit) as e:
