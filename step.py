@@ -36,10 +36,19 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     return x
 
 
+def normalize_rows(x, mean_square):
+    """NorMuon: matrices x (n, A, B) with each row divided by the root of its mean_square (n, A, 1),
+    or each column where that is (n, 1, B). The norm of the whole matrix stays."""
+    y = x / (mean_square.sqrt() + 1e-8)
+    size = x.norm(dim=(1, 2), keepdim=True)
+    return y * (size / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), as torch.optim.Muon with
-    adjust_lr_fn="match_rms_adamw"; but matrices of one shape go in one batch, a few kernels for all
-    layers where torch has some twenty for each matrix."""
+    adjust_lr_fn="match_rms_adamw"; then its rows are made equally long in the mean over steps, of a
+    wide matrix its columns (NorMuon, arXiv 2510.05491). Matrices of one shape go in one batch, a
+    few kernels for all layers where torch has some twenty for each matrix."""
     # GradScaler then calls step after an overflow, too, with found_inf 1, else 0
     _step_supports_amp_scaling = True
     found_inf = None
@@ -63,16 +72,28 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         average = torch.stack(buffers)                                 # (n, A, B)
         grad = torch.stack([p.grad for p in params])
+        weight = 0.05
         if self.found_inf is not None:
             # a gradient that equals the average leaves it as it is; a product would keep the NaN
             grad = torch.where(self.found_inf > 0, average, grad)
             lr = lr * (1 - self.found_inf)
+            weight = weight * (1 - self.found_inf)
         average = average.lerp(grad, 1 - momentum)
-        direction = orthogonalize(grad.lerp(average, momentum))
+        direction = orthogonalize(grad.lerp(average, momentum)).float()
+
+        # the mean of the squares along the shorter side, over the steps
+        dim = -1 if direction.size(1) >= direction.size(2) else -2
+        square = direction.square().mean(dim, keepdim=True)
+        for p, start in zip(params, torch.zeros_like(square), strict=True):
+            self.state[p].setdefault("mean_square", start)     # a run of before has none
+        squares = [self.state[p]["mean_square"] for p in params]
+        mean_square = torch.stack(squares).lerp(square, weight)
+        direction = normalize_rows(direction, mean_square)
+
         rms = 0.2 * math.sqrt(max(direction.shape[1:]))                # that of AdamW's updates
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_sub_(params, list((rms * lr * direction.float()).unbind()))
-        torch._foreach_copy_(buffers, list(average.unbind()))
+        torch._foreach_sub_(params, list((rms * lr * direction).unbind()))
+        torch._foreach_copy_(buffers + squares, [*average, *mean_square])
 
 
 def build_optimizers(method, c, lr):

@@ -65,27 +65,41 @@ def build(name):
 SHAPES = [(96, 32), (32, 32), (128, 32), (32, 128)] * 3      # qkv, proj, fc, proj of three layers
 
 
-def test_muon_is_torchs_for_tall_and_wide_matrices_and_goes_on_with_its_momentum():
-    """The momentum to the bit; weights but for torch's multiplying and adding in one rounding. A
-    run that torch.optim.Muon trained is resumed."""
+def test_muon_is_torchs_with_rows_of_one_length_and_goes_on_with_its_momentum():
+    """The momentum to the bit. torch's direction is read off weights that are zero before a step of
+    rate 1; then, matrix by matrix, each row is divided by the root of its running mean square, of a
+    wide matrix each column, and all by what keeps the norm. A run that torch.optim.Muon trained is
+    resumed."""
     torch.manual_seed(0)
-    theirs = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    ours = copy.deepcopy(theirs)
-    opts = [torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            Muon(ours, lr=0.0, weight_decay=0.1)]
+    probes = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    theirs = torch.optim.Muon(probes, lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    opt = Muon(ours, lr=0.0, weight_decay=0.1)
+    expected = [p.detach().double() for p in ours]
     for i in range(10):
+        if i in (0, 5):
+            means = [0.0 for _ in SHAPES]
         if i == 5:
-            opts[1] = Muon(ours, lr=0.0, weight_decay=0.1)
-            opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict()))
-        for a, b in zip(theirs, ours, strict=True):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        for opt in opts:
-            opt.param_groups[0]["lr"] = 0.01 / (1 + i)
-            opt.step()
-        for a, b in zip(theirs, ours, strict=True):
-            assert torch.allclose(a, b, rtol=0, atol=1e-6)
-            momenta = [opt.state[p]["momentum_buffer"] for opt, p in zip(opts, (a, b))]
+            opt = Muon(ours, lr=0.0, weight_decay=0.1)
+            opt.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        for p, probe in zip(ours, probes, strict=True):
+            p.grad = torch.randn_like(p)
+            probe.grad = p.grad.clone()
+        lr = 0.01 / (1 + i)
+        opt.param_groups[0].update(lr=lr, weight_decay=0.1)
+        opt.step()
+        theirs.step()
+        for j, (p, probe) in enumerate(zip(ours, probes, strict=True)):
+            direction = -probe.detach().double()
+            probe.detach().zero_()
+            rows, columns = direction.shape
+            along = 1 if rows >= columns else 0
+            means[j] = 0.95 * means[j] + 0.05 * direction.pow(2).mean(along, keepdim=True)
+            change = direction / means[j].sqrt()
+            change *= direction.norm() / change.norm()
+            expected[j] = (1 - 0.1 * lr) * expected[j] - lr * change
+            assert torch.allclose(p.double(), expected[j], rtol=0, atol=3e-6)
+            momenta = [o.state[x]["momentum_buffer"] for o, x in ((opt, p), (theirs, probe))]
             assert torch.equal(*momenta)
 
 
