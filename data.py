@@ -86,17 +86,21 @@ class CharTokenizer:
         return texts
 
     def paint(self, ids, confidence):
-        """The text of each id as it is shown: where there are colours, from red (a guess) to green
-        (certain)."""
+        """The text of each id as it is shown: where there are colours, from orange at confidence 0
+        to blue at 1."""
         texts = [printable(text) for text in self.decode_each(ids)]
         if not COLOR:
             return texts
-        shades = [203, 209, 215, 221, 185, 149, 113]
+        shades = list(SHADES)
         painted = []
         for i, p, text in zip(ids, confidence, texts, strict=True):
-            shade = shades[int(p * 6.99)] if i < len(self) else 240    # MASK is grey
+            shade = shades[int(p * 4.99)] if i < len(self) else 240    # MASK is grey
             painted.append(f"\x1b[38;5;{shade}m{text}\x1b[0m")
         return painted
+
+
+# from orange by grey to blue, ever lighter, also to the colour-blind; by day and by night
+SHADES = {130: "#af5f00", 131: "#af5f5f", 244: "#808080", 67: "#5f87af", 69: "#5f87ff"}
 
 
 def printable(text):

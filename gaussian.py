@@ -302,11 +302,12 @@ class TokenDiffusion(GaussianDiffusion):
 
     @torch.no_grad()
     def sample(self, x, known, s, locked=None, predict_tokens=None):
-        """Write the positions of x (B, T) where known (B, T) is False; yields (x, confidence) after
-        each of s.steps steps. Positions that are locked (B, T) stay noise, if the network is used
-        to that, by stagger. predict_tokens is called instead of the method of that name, to steer.
-        The network is shown the xhat of the step before, or with s.two_pass that of a first pass at
-        the same z. s.td: as of numbers."""
+        """Write the positions of x (B, T) where known (B, T) is False; yields (x, age) after each
+        of s.steps steps. age (B, T): the share of the steps since a token last changed, 1 if known.
+        Positions that are locked (B, T) stay noise, if the network is used to that, by stagger.
+        predict_tokens is called instead of the method of that name, to steer. The network is shown
+        the xhat of the step before, or with s.two_pass that of a first pass at the same z. s.td: as
+        of numbers."""
         predict_tokens = predict_tokens or self.predict_tokens
         if locked is None or not self.stagger:
             locked = torch.zeros_like(known)
@@ -322,6 +323,8 @@ class TokenDiffusion(GaussianDiffusion):
             return self.gamma(t_pos)[0]                                # (B, T)
 
         x_prev = None
+        written = x.masked_fill(~known, self.mask_id)
+        age = torch.zeros_like(x)                                      # in steps
         for i in range(s.steps, 0, -1):
             gamma = gamma_at(i)
             if s.two_pass:
@@ -329,8 +332,10 @@ class TokenDiffusion(GaussianDiffusion):
             xhat, probs = predict_tokens(z, gamma, x_prev=x_prev)
             z = reverse_step(z, xhat, gamma, gamma_at(i - 1 - s.td), s.sampler)
             x_prev = xhat
-            confidence, tokens = probs.max(-1)                         # (B, T)
-            yield torch.where(known, x, tokens), torch.where(known, 1.0, confidence)
+            tokens = torch.where(known, x, probs.argmax(-1))           # (B, T)
+            age = (age + 1) * (tokens == written)
+            written = tokens
+            yield written, torch.where(known, 1.0, age / s.steps)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from train import build
 MAX_EVIDENCE = 32      # characters after a blank by which its length is chosen
 N_ORDERS = 4           # orders in which they are scored
 BATCH = 64             # windows in one call
+CAPTION = ("colours, from orange (0) to blue (1): the probability of a character when it was "
+           "written; of bits and embeddings, the share of the steps since it last changed")
 
 
 # A prompt is a list of pieces: known characters as a list of ids, a blank as a range of lengths.
@@ -238,6 +240,8 @@ def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):
     n_calls = 0
     start_time = time.perf_counter()
     watching = s.watch and COLOR
+    if COLOR:
+        print(CAPTION, file=sys.stderr)
     if watching:
         frames = watch(frames, tokenizer)
     for x, confidence in frames:

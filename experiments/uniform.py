@@ -114,17 +114,19 @@ class UniformDiffusion(nn.Module):
     @torch.no_grad()
     def sample(self, x, known, s, locked=None):
         """Write x (B, T) in s.steps steps back from noise; what is known (B, T) is kept, and locked
-        positions, which nobody will see, are written too. confidence (B, T): of p(x0 | xt)."""
+        positions, which nobody will see, are written too. Yields (x, age) as TokenDiffusion."""
         noise = torch.randint(self.mask_id, x.shape, device=x.device)
         x = torch.where(known, x, noise)
+        age = torch.zeros_like(x)                                      # in steps
         times = torch.linspace(1, 0, s.steps + 1, dtype=torch.float64, device=x.device)
         times = times[:, None, None].expand(-1, *x.shape).masked_fill(known, 0)
         for t, t_next in zip(times[:-1], times[1:], strict=True):
             log_probs = token_log_probs(self.net(x, t.float()), s.temperature, 0).double()
             x0_probs = log_probs.exp().clamp(min=1e-30)                # a known token is possible
-            clean = posterior(x, x0_probs, t, torch.zeros_like(t))
-            x, _ = sample_tokens(posterior(x, x0_probs, t, t_next).log())
-            yield x, clean.gather(-1, x[..., None]).squeeze(-1).float()
+            tokens, _ = sample_tokens(posterior(x, x0_probs, t, t_next).log())
+            age = (age + 1) * (tokens == x)
+            x = tokens
+            yield x, torch.where(known, 1.0, age / s.steps)
 
 
 def build(c, meta):

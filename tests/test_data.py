@@ -230,7 +230,7 @@ def test_an_unknown_character_is_named():
 
 
 def test_colours_are_shown_only_where_someone_sees_them(monkeypatch):
-    """From red to green by confidence, a MASK grey; no control code of the text's own."""
+    """From orange to blue by confidence, a MASK grey; no control code of the text's own."""
     tokenizer = CharTokenizer("a\n\x1b")
     ids = [0, 0, 1, 2, 3]
     confidence = [0.0, 1.0, 1.0, 1.0, 0.0]
@@ -242,7 +242,7 @@ def test_colours_are_shown_only_where_someone_sees_them(monkeypatch):
     assert data.printable(text) == "a\ufffd[2Jb\ufffd\ufffd\n\tc\ufffd"
     monkeypatch.setattr(data, "COLOR", True)
     painted = [f"\x1b[38;5;{shade}m{text}\x1b[0m" for shade, text in [
-        (203, "a"), (113, "a"), (113, "\n"), (113, "\ufffd"), (240, "·")]]
+        (130, "a"), (69, "a"), (69, "\n"), (69, "\ufffd"), (240, "·")]]
     assert tokenizer.paint(ids, confidence) == painted
 
 
