@@ -4,6 +4,8 @@
     best.pt    the EMA weights with the lowest bound, for everybody else
     log.csv    a line per evaluation
     status     the token of the process that trains here, or "finished"
+    samples.txt    what it wrote at each evaluation; of digits progress.png, a row at each, and
+                   samples.png, the last hundred
 
 A checkpoint is a dict of tensors and plain Python: method, script, config, alphabet, data, step,
 ema; ckpt.pt has more.
@@ -25,8 +27,12 @@ from config import DEVICE, HERE, RANK, check, first_line, is_out_of_memory, pars
 # the settings that --resume may change; dataset only to another path of the same data
 CHANGEABLE = ("dataset", "data_dir", "max_iters", "eval_interval", "windows", "compile", "dropout",
               "batch_size", "grad_accum", "learning_rate", "weight_decay", "grad_clip", "ema")
-LOG_COLUMNS = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr"]
-FILES = ("ckpt.pt", "best.pt", "log.csv", "status", "samples.png")   # what a run may write
+# train_ce, val_ce: cross-entropies under the same noise; of Gaussian methods the bounds.
+# bound_0.4: the mean of its estimates at noise levels from 0.2 to 0.4
+LOG_COLUMNS = ["step", "seconds", "loss", "bound", "stderr", "bits", "masked_ce", "lr", "train_ce",
+               "val_ce", "bound_0.2", "bound_0.4", "bound_0.6", "bound_0.8", "bound_1.0"]
+FILES = ("ckpt.pt", "best.pt", "log.csv", "status", "samples.txt", "samples.png",
+         "progress.png")         # what a run may write
 
 
 class RunFolder:
@@ -197,7 +203,11 @@ def start_or_resume(argv, settings, methods, recipes=None):
 
 def write_log(path, rows):
     with path.open("w", newline="") as f:
-        csv.writer(f).writerows([LOG_COLUMNS, *rows])
+        log = csv.writer(f)
+        log.writerow(LOG_COLUMNS)
+        for row in rows:
+            missing = len(LOG_COLUMNS) - len(row)          # of a run that an older version began
+            log.writerow(row + [""] * missing)
 
 
 def try_to_write(write, *args):

@@ -9,6 +9,7 @@ settings: config.Mnist, config.ImageSampler. Read with it: GaussianDiffusion in 
     python mnist_ddpm.py sample --trace           # also a strip from noise to digit
 """
 import hashlib
+import os
 import struct
 import zlib
 from dataclasses import replace
@@ -161,10 +162,11 @@ def main(argv):
     reseed(c.seed)
     method = build(c, data.meta)
 
-    def show_sample(ema, out):
+    def show_sample(ema, out, step):
         x = sample_batches(ema, torch.arange(100) % N_CLASSES, ImageSampler(steps=25))
         (out / "samples.png").write_bytes(png(grid(x, N_CLASSES)))
         print0(f"a hundred digits: {out / 'samples.png'}")
+        add_below(out / "progress.png", grid(x[:N_CLASSES], N_CLASSES))
 
     meta = {"method": "mnist", "script": "mnist_ddpm", **data.meta}
     out = fit(method, data, c, meta, show_sample, state)
@@ -307,6 +309,18 @@ def png(image):
     body = zlib.compress(rows.numpy().tobytes(), 9)
     return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", body)
             + png_chunk(b"IEND", b""))
+
+
+def add_below(path, image):
+    """Add an image (height, width) in [-1, 1] below the picture at path, which png made, if any."""
+    if path.exists():
+        body = path.read_bytes()[41:-16]            # between header and checksum
+        rows = np.frombuffer(zlib.decompress(body), np.uint8).reshape(-1, image.shape[1] + 1)
+        above = torch.from_numpy(rows[:, 1:] / np.float32(127.5) - 1)
+        image = torch.cat([above, image])
+    part = path.with_suffix(".part")
+    part.write_bytes(png(image))
+    os.replace(part, path)
 
 
 def noise_to_digit(method, label, s, n=12):

@@ -44,31 +44,39 @@ def build(c, meta):
 
 
 @torch.no_grad()
-def evaluate(method, val, levels, batch_size=128, seed=0):
-    """The bound on the windows val (W, T), each at `levels` stratified noise levels, with the same
-    noise every time. -> dict: bound and stderr in nats per character, bits, windows (W,) float64;
-    masked_ce, the mean over all masked tokens (no bound); fifths, mean nats by noise level."""
+def estimate(method, x, levels, batch_size=128, seed=0, every=1):
+    """Estimates of the bound on every every-th of the windows x (W, T), each at `levels` stratified
+    noise levels, with the same noise for any text.
+    -> nats per character, noise level: each (W / every, levels) float64"""
     # window w is evaluated at u = (i + place[w]) / levels, i = 0 .. levels - 1; the places of all
     # windows are stratified too, one in each W-th of (0, 1]
-    W = len(val)
+    W = len(x)
     g = torch.Generator().manual_seed(seed)
     place = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W
-    u = ((torch.arange(levels) + place[:, None]) / levels).flatten().to(val.device)
+    u = ((torch.arange(levels) + place[:, None]) / levels).flatten().to(x.device)
     # the noise of a row comes from a seed of its own: it does not depend on batch_size
     seeds = SeedSequence((seed, W)).generate_state(W * levels).tolist()
 
     results = []
-    batches = torch.arange(W * levels).split(batch_size)
+    batches = torch.arange(W * levels).view(W, levels)[::every].flatten().split(batch_size)
     for rows in tqdm(batches, desc="evaluating", leave=False, disable=RANK > 0 or None):
-        x0 = val[rows // levels].long()
+        x0 = x[rows // levels].long()
         results.append(method.bound(x0, u[rows], [seeds[i] for i in rows]))
-    nats, noise_level = [torch.cat(column).cpu().double() for column in zip(*results, strict=True)]
-    windows = nats.view(W, levels).mean(1)                             # nats is (W levels,)
+    columns = [torch.cat(column).cpu().double() for column in zip(*results, strict=True)]
+    return [column.view(-1, levels) for column in columns]
+
+
+def evaluate(method, val, levels, batch_size=128, seed=0):
+    """The bound on the windows val (W, T). -> dict: bound and stderr in nats per character, bits,
+    windows (W,); masked_ce, the mean over all masked tokens (no bound); fifths, mean nats by noise
+    level; estimates, of which all are means."""
+    nats, noise_level = estimate(method, val, levels, batch_size, seed)
+    windows = nats.mean(1)
     bound = windows.mean().item()
     fifth = (5 * noise_level - 1e-6).ceil().clamp(1, 5)
     masked_ce = math.nan
     if method.noise_name == "share masked":
-        masked_ce = ((noise_level * nats).sum() / noise_level.sum()).item()
+        masked_ce = cross_entropy(method, nats, noise_level)
     return {
         "bound": bound,
         "stderr": block_stderr(windows),
@@ -76,7 +84,15 @@ def evaluate(method, val, levels, batch_size=128, seed=0):
         "windows": windows,
         "masked_ce": masked_ce,
         "fifths": [nats[fifth == i].mean().item() for i in range(1, 6)],
+        "estimates": (nats, noise_level),
     }
+
+
+def cross_entropy(method, nats, noise_level):
+    """The mean over all masked tokens; of a method without masks, the mean of its estimates."""
+    if method.noise_name == "share masked":
+        return ((noise_level * nats).sum() / noise_level.sum()).item()
+    return nats.mean().item()
 
 
 def block_stderr(windows):
@@ -102,8 +118,8 @@ class Progress:
 
 def fit(method, data, c, meta, show_sample, state=None):
     """Train method, an nn.Module whose forward(batch) is its loss; state: a checkpoint to go on
-    from. data: batch(n), val (W, T), T, unit; meta: what checkpoints say beside the weights.
-    show_sample(ema, folder) is called after every evaluation.
+    from. data: batch(n), train, val (W, T), T, unit; meta: what checkpoints say beside the weights.
+    show_sample(ema, folder, step) is called after every evaluation.
     -> the run's folder, or None if it was stopped"""
     join_processes(c, meta)
     folder = RunFolder(c, meta, resumed=state is not None)
@@ -169,7 +185,7 @@ def fit(method, data, c, meta, show_sample, state=None):
             folder.save("ckpt.pt", {**states, "step": progress.step})
             try_to_write(write_log, folder.path / "log.csv", progress.log)
             if evaluating:
-                try_to_write(show_sample, ema, folder.path)
+                try_to_write(show_sample, ema, folder.path, progress.step)
                 start_time = time.perf_counter() - progress.seconds        # only steps count
 
     if WORLD_SIZE > 1:
@@ -184,13 +200,17 @@ def fit(method, data, c, meta, show_sample, state=None):
 
 
 def fit_text(method, data, c, meta, s, state):
-    """fit, with a block of text as the sample: by the sampler s, from the same noise every time."""
-    def show_sample(ema, out):
+    """fit, with a block of text as the sample: by the sampler s, from the same noise every time.
+    samples.txt keeps them."""
+    def show_sample(ema, out, step):
         reseed(c.seed)
         x = torch.zeros(1, c.block_size, dtype=torch.long, device=DEVICE)
         nothing_known = torch.zeros_like(x, dtype=torch.bool)
         *_, (x, confidence) = ema.sample(x, nothing_known, s)
-        print0("".join(data.tokenizer.paint(x[0].tolist(), confidence[0].tolist())))
+        ids = x[0].tolist()
+        print0("".join(data.tokenizer.paint(ids, confidence[0].tolist())))
+        with (out / "samples.txt").open("a", encoding="utf-8") as f:
+            f.write(f"--- step {step}\n{data.tokenizer.decode(ids)}\n")
     return fit(method, data, c, meta, show_sample, state)
 
 
@@ -209,14 +229,25 @@ def main(argv):
 # what the first process reports and saves
 
 def log_evaluation(ema, data, c, folder, progress, mean_loss):
-    """Print the bound of the averaged weights, add it to the log, and save the best of them."""
+    """Print how good the averaged weights are, add it to the log, and save the best of them."""
     n_chars = progress.step * c.grad_accum * c.batch_size * data.T
     speed = n_chars / max(progress.seconds, 1e-9)                      # of all steps so far
-    e = evaluate(ema, *eval_subset(data.val, c, ema))
-    print0(f"step {progress.step} | loss {mean_loss:.3f} | {describe(e, ema, data.unit)} | "
-           f"{speed:,.0f} {data.unit}s/s")
+    val, levels = eval_subset(data.val, c, ema)
+    e = evaluate(ema, val, levels)
+
+    # training and held-out text under the same noise; to save time, on every second window
+    train = training_windows(data, len(val))
+    train_ce = cross_entropy(ema, *estimate(ema, train, levels, every=2))
+    nats, noise_level = e["estimates"]
+    val_ce = cross_entropy(ema, nats[::2], noise_level[::2])
+
+    is_ce = ema.eval_levels == 1 or ema.noise_name == "share masked"
+    name = "CE" if is_ce else "bound"
+    print0(f"step {progress.step} | train {name} {train_ce:.3f}, val {name} {val_ce:.3f} | "
+           f"{describe(e, ema, data.unit)} | {speed:,.0f} {data.unit}s/s")
     progress.log.append([progress.step, round(progress.seconds, 3), mean_loss, e["bound"],
-                         e["stderr"], e["bits"], e["masked_ce"], get_lr(progress.step - 1, c)])
+                         e["stderr"], e["bits"], e["masked_ce"], get_lr(progress.step - 1, c),
+                         train_ce, val_ce, *e["fifths"]])
     is_best = e["bound"] < progress.best_bound or not ema.early_stopping
     if is_best or not (folder.path / "best.pt").exists():
         progress.best_bound = e["bound"]
@@ -244,6 +275,12 @@ def spaced_rows(x, n):
     return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
 
 
+def training_windows(data, n):
+    """n evenly spaced windows (n, T) of what data trains on; some twice if there are fewer."""
+    windows = data.train.flatten().unfold(0, data.T, data.T)
+    return windows[torch.linspace(0, len(windows) - 1, n).long()]
+
+
 def eval_subset(val, c, method):
     """Evenly spaced windows of val and levels: a tenth of the rows that one process trained on
     since the last evaluation, for a twentieth of the time, as there is no backward pass."""
@@ -258,11 +295,8 @@ def describe(e, method, unit):
             f"{e['stderr'] / math.log(2):.3f} bits")
     if method.eval_levels == 1:
         return f"{line}, exact"
-    line += ", a bound"
-    if method.noise_name == "share masked":
-        line += f" | masked CE {e['masked_ce']:.3f}"
     fifths = "  ".join(f"{i / 5:.1f}: {nats:.2f}" for i, nats in enumerate(e["fifths"], 1))
-    return f"{line} | by {method.noise_name} up to {fifths}"
+    return f"bound {line} | by {method.noise_name} up to {fifths}"
 
 
 # signals, processes

@@ -24,7 +24,7 @@ from data import Text
 
 SHORT = [*TINY, "--max_iters=2"]
 THRICE = [*TINY, "--max_iters=6", "--eval_interval=2"]
-RUN = {"ckpt.pt", "best.pt", "log.csv", "status"}
+RUN = {"ckpt.pt", "best.pt", "log.csv", "status", "samples.txt"}
 
 
 def files(folder):
@@ -79,7 +79,7 @@ def test_a_folder_that_holds_no_run_is_used_as_it_is_and_a_run_refused(corpus, h
     assert files(home) == after and [*home.parent.iterdir()] == [home]
 
 
-@pytest.mark.parametrize("file", ["best.pt", "ckpt.pt", "log.csv", "status", "samples.png"])
+@pytest.mark.parametrize("file", [*sorted(RUN), "samples.png", "progress.png"])
 def test_whatever_a_run_would_write_over_is_kept(corpus, tmp_path, file):
     """best.pt without ckpt.pt; and a picture or a log of somebody else."""
     (tmp_path / file).write_text("mine")
@@ -188,7 +188,7 @@ def test_resume_goes_on_with_the_newest_run_that_is_unfinished(corpus, home, cap
 
 def test_what_cannot_be_written_is_told_once_and_stops_nothing(corpus, tmp_path, capsys,
                                                                monkeypatch):
-    """A log that became a folder, and a sample on a full disk; the checkpoint comes first."""
+    """A log that became a folder, and samples on a full disk; the checkpoint comes first."""
     honest = train.write_log
 
     def in_the_way(path, rows):
@@ -196,19 +196,17 @@ def test_what_cannot_be_written_is_told_once_and_stops_nothing(corpus, tmp_path,
         if path.is_file():
             path.unlink()
             path.mkdir()
+            path.with_name("samples.txt").symlink_to("/dev/full")
         honest(path, rows)
-
-    def show_sample(ema, folder):
-        raise OSError(28, f"no space for samples in {folder}")
 
     monkeypatch.setattr(train, "write_log", in_the_way)
     c = tiny(corpus, "--max_iters=6", "--eval_interval=3", f"--out={tmp_path}")
     data = Text(c)
     meta = {"method": "masked", **data.meta}
-    train.fit(train.build(c, meta), data, c, meta, show_sample)
+    train.fit_text(train.build(c, meta), data, c, meta, config.Sample(steps=4), None)
     said = capsys.readouterr().out
     assert said.count("training goes on, but something was not written: ") == 2
-    assert said.count("no space for samples") == 1
+    assert said.count("No space left on device") == 1
     assert [row[0] for row in read_state(tmp_path)["progress"]["log"]] == [3, 6]
     assert (tmp_path / "status").read_text() == "finished"
 

@@ -26,8 +26,8 @@ def trained(corpus, tmp_path_factory):
     first, *lines = done.stdout.splitlines()
     for words in ("masked, ", " parameters, cpu ", "text.txt: ", "to validate", "Ctrl-C saves"):
         assert words in first
-    line = (r"step (\d+) \| loss [\d.]+ \| ([\d.]+) ± [\d.]+ nats/char = [\d.]+ ± [\d.]+ bits, a "
-            r"bound \| masked CE [\d.]+ \| by share masked up to 0.2: .* 1.0: [\d.]+ \| "
+    line = (r"step (\d+) \| train CE [\d.]+, val CE [\d.]+ \| bound ([\d.]+) ± [\d.]+ nats/char = "
+            r"[\d.]+ ± [\d.]+ bits \| by share masked up to 0.2: .* 1.0: [\d.]+ \| "
             r"[\d,]+ chars/s")
     steps = [re.fullmatch(line, text) for text in lines if text.startswith("step ")]
     assert [m[1] for m in steps] == ["60", "100", "120"]

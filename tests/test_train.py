@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import (
     TINY, assert_same_run, end, last_line, read_log, read_state, start, tensors, training_step,
     wait_for)
 
+import analog_bits
 import checkpoint
 import config
 import step
@@ -134,7 +136,8 @@ def test_a_run_has_the_average_the_mean_losses_and_the_rate(corpus, tmp_path, mo
 
     after_each_step(monkeypatch, follow)
     out = train.fit(method, data, c, meta, lambda *args: shown.append(args))
-    assert [folder for _, folder in shown] == [out] * 3 == [tmp_path / "run"] * 3
+    assert [where for _, *where in shown] == [[out, step] for step in (3, 6, 7)]
+    assert out == tmp_path / "run"
     ema = shown[-1][0]
     assert not ema.training
     assert not any(p.requires_grad or p.grad_fn for p in ema.parameters())
@@ -157,8 +160,8 @@ def test_a_run_has_the_average_the_mean_losses_and_the_rate(corpus, tmp_path, mo
     ("--objective=ar", [signal.SIGHUP, signal.SIGHUP])])
 def test_resume_is_the_straight_run_to_the_bit(corpus, tmp_path, monkeypatch, capsys, how, numbers):
     """Stopped at a step without evaluation by Ctrl-C, a scheduler or a lost ssh, which says so
-    twice: weights, moving average, optimizer state and log are then the same. Evaluating more often
-    changes no weight."""
+    twice: weights, moving average, optimizer state, log and samples are then the same. Evaluating
+    more often changes no weight."""
     args = [corpus, *TINY, "--max_iters=12", "--eval_interval=5", how]
     train.main([*args, f"--out={tmp_path}/straight"])
     out = tmp_path / "cut"
@@ -172,14 +175,76 @@ def test_resume_is_the_straight_run_to_the_bit(corpus, tmp_path, monkeypatch, ca
     train.main(["--resume", f"--out={out}"])
     assert_same_run(tmp_path / "straight", out)
     assert [row["step"] for row in read_log(out)] == ["5", "10", "12"]
+    kept = (out / "samples.txt").read_text(encoding="utf-8")
+    assert kept == (tmp_path / "straight/samples.txt").read_text(encoding="utf-8")
+    _, *samples = re.split(r"(?m)^--- step (\d+)\n", kept)
+    assert samples[::2] == ["5", "10", "12"]
+    *_, c, meta = load(out, Masked, train.build, ["masked", "ar"])
+    assert all(len(text) == 17 and set(text) <= set(meta["alphabet"]) for text in samples[1::2])
+    assert samples[-1] in capsys.readouterr().out
     train.main([*args, "--eval_interval=3", f"--out={tmp_path}/often"])
     straight = tensors(read_state(tmp_path / "straight"))
     for x, y in zip(straight, tensors(read_state(tmp_path / "often")), strict=True):
         assert torch.equal(x, y)
 
 
+def test_a_run_from_before_a_column_goes_on(corpus, tmp_path):
+    """Its rows are shorter: what they lack is empty."""
+    args = [corpus, *TINY, "--eval_interval=2", f"--out={tmp_path}"]
+    train.main([*args, "--max_iters=2"])
+    state = read_state(tmp_path)
+    before, = read_log(tmp_path)
+    state["progress"]["log"] = [row[:8] for row in state["progress"]["log"]]
+    torch.save(state, tmp_path / "ckpt.pt")
+    train.main(["--resume", "--max_iters=4", f"--out={tmp_path}"])
+    old, new = read_log(tmp_path)
+    added = ["train_ce", "val_ce", "bound_0.2", "bound_0.4", "bound_0.6", "bound_0.8", "bound_1.0"]
+    assert [*old] == [*new] == [*before] and [*old][-7:] == added
+    assert old == before | dict.fromkeys(added, "")
+    assert all(math.isfinite(float(new[name])) for name in added)
+
+
 # -------------------------------------------------------------------------------------------------
-# what is best, and what is no number
+# what is compared, what is best, and what is no number
+
+@pytest.mark.parametrize("script, typed, name", [
+    (train, [], "CE"), (train, ["--objective=ar"], "CE"), (analog_bits, [], "bound")])
+def test_training_and_held_out_text_are_compared_under_the_same_noise(script, typed, name, corpus,
+                                                                      tmp_path, capsys):
+    """Where they are the same text, they are equal to the bit; on every second window of the bound.
+    A text of one window is enough. The bound by noise level is in the log."""
+    settings = script.SETTINGS
+    c = settings(**parse([corpus, *TINY, "--max_iters=9", "--eval_interval=9", *typed], settings))
+    data = Text(c)
+    texts = {"same": data.val.flatten(), "other": data.train, "short": data.train[:data.T]}
+    rows = {}
+    for text, data.train in texts.items():
+        train.reseed(c.seed)
+        method = script.build(c, data.meta)
+        run = replace(c, out=f"{tmp_path}/{text}")
+        train.fit(method, data, run, {"method": text, **data.meta}, lambda *_: None)
+        rows[text] = read_log(tmp_path / text)[-1]
+        said = re.findall(rf"\| train {name} ([\d.]+), val {name} ([\d.]+) \|",
+                          capsys.readouterr().out)
+        expected = [f"{float(rows[text][column]):.3f}" for column in ("train_ce", "val_ce")]
+        assert said == [tuple(expected)]
+    assert rows["same"]["train_ce"] == rows["same"]["val_ce"]
+    assert rows["other"]["train_ce"] != rows["other"]["val_ce"]
+    assert torch.equal(train.training_windows(data, 3), data.train.expand(3, -1))
+
+    ema = method.eval()
+    ema.load_state_dict(read_state(tmp_path / "short", "best.pt")["ema"])
+    val, levels = train.eval_subset(data.val, c, ema)
+    half = train.estimate(ema, val, levels, every=2)
+    e = train.evaluate(ema, val, levels)
+    for ours, all_windows in zip(half, e["estimates"], strict=True):
+        assert ours.shape == ((len(val) + 1) // 2, levels)
+        assert torch.allclose(ours, all_windows[::2], atol=1e-5)
+    logged = [float(rows["short"][f"bound_{i / 5}"]) for i in range(1, 6)]
+    assert logged == pytest.approx(e["fifths"], nan_ok=True, abs=1e-5)
+    assert float(rows["short"]["val_ce"]) == pytest.approx(train.cross_entropy(ema, *half))
+
+
 
 def test_training_learns_and_best_is_the_lowest(corpus, tmp_path, capsys):
     """On squares and their roots both objectives learn; best.pt is the row with the lowest bound,
@@ -253,6 +318,9 @@ def test_an_evaluation_looks_at_windows_over_the_whole_split(corpus, monkeypatch
     assert (few.diff(dim=0) >= 12).all()
     few, _ = train.eval_subset(val, tiny(corpus, "--eval_interval=1"), masked)
     assert len(few) == 2
+    data = Text(c)
+    ends = [data.train[:16], data.train[:len(data.train) // 16 * 16][-16:]]
+    assert torch.equal(train.training_windows(data, 9)[[0, -1]], torch.stack(ends))
     monkeypatch.setattr(train, "WORLD_SIZE", 2)            # each trains on half of the rows
     assert len(train.eval_subset(val, c, masked)[0]) == 40
 
