@@ -68,8 +68,7 @@ def estimate(method, x, levels, batch_size=128, seed=0, every=1):
 
 def evaluate(method, val, levels, batch_size=128, seed=0):
     """The bound on the windows val (W, T). -> dict: bound and stderr in nats per character, bits,
-    windows (W,); masked_ce, the mean over all masked tokens (no bound); fifths, mean nats by noise
-    level; estimates, of which all are means."""
+    windows (W,); masked_ce, no bound; fifths, mean nats by noise level; and what estimate gives."""
     nats, noise_level = estimate(method, val, levels, batch_size, seed)
     windows = nats.mean(1)
     bound = windows.mean().item()
@@ -278,7 +277,8 @@ def spaced_rows(x, n):
 def training_windows(data, n):
     """n evenly spaced windows (n, T) of what data trains on; some twice if there are fewer."""
     windows = data.train.flatten().unfold(0, data.T, data.T)
-    return windows[torch.linspace(0, len(windows) - 1, n).long()]
+    rows = torch.arange(n) * (len(windows) - 1) // (n - 1)
+    return windows[rows].to(DEVICE)
 
 
 def eval_subset(val, c, method):
