@@ -1,13 +1,15 @@
 """Text: download, verify, tokenize, batch. A corpus is downloaded once to data/ and checked; a file
-that was cut, or is something else, is never used."""
+that was cut, or is something else, is never used. tokens.npy has ids of a tokenizer of your own."""
 import codecs
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from http.client import HTTPException
@@ -37,6 +39,7 @@ CORPORA = {   # name: (file, addresses, its sha256 or else its size in bytes)
 }
 
 PIECE = 2 ** 22      # characters of a large text that are read, encoded, ... at a time
+ON_DEVICE = 2 ** 31  # bytes of a training text that go to the device; more stay where they are
 
 
 class CharTokenizer:
@@ -46,6 +49,7 @@ class CharTokenizer:
     def __init__(self, chars, is_bytes=False):
         self.chars = chars
         self.is_bytes = is_bytes
+        self.unit = "byte" if is_bytes else "char"
         # the id of every code point; V: not in the alphabet
         V = len(chars)
         dtype = np.uint8 if V < 256 else np.int16
@@ -103,6 +107,35 @@ class CharTokenizer:
 SHADES = {130: "#af5f00", 131: "#af5f5f", 244: "#808080", 67: "#5f87af", 69: "#5f87ff"}
 
 
+class VocabTokenizer(CharTokenizer):
+    """Text to ids and back, where id i is the i-th string of a list, of any length."""
+
+    def __init__(self, strings):
+        self.chars = strings
+        self.is_bytes = False
+        self.unit = "token"
+        self.ids = {text: i for i, text in enumerate(strings)}
+        self.longest = max(map(len, strings))
+
+    def encode(self, text):
+        """str -> ids (n,): from left to right, each time the longest string that fits."""
+        ids = []
+        while text:
+            lengths = range(min(len(text), self.longest), 0, -1)
+            n = next((n for n in lengths if text[:n] in self.ids), 0)
+            check(n, f"no token of the vocabulary begins {text[:40]!r}")
+            ids.append(self.ids[text[:n]])
+            text = text[n:]
+        return np.array(ids, np.int64)
+
+
+def tokenizer_of(meta):
+    """The tokenizer of a checkpoint: its alphabet is a str of characters or a list of strings."""
+    if isinstance(meta["alphabet"], list):
+        return VocabTokenizer(meta["alphabet"])
+    return CharTokenizer(meta["alphabet"], meta["is_bytes"])
+
+
 def printable(text):
     """Text without the control codes that would steer a terminal; as it is in a file."""
     if not TERMINAL:
@@ -124,7 +157,7 @@ def as_bytes(text):
 
 
 def pieces(text):
-    """(start, piece) of a text, so that a large one is not copied at once."""
+    """(start, piece) of a text, or of ids, so that a large one is not copied at once."""
     for start in range(0, len(text), PIECE):
         yield start, text[start:start + PIECE]
 
@@ -152,16 +185,12 @@ class Text:
     """A corpus on the device: .batch(n) for training, .val (W, T) for the bound."""
 
     def __init__(self, c, is_bytes=False):
-        text, self.name = load_text(c.dataset, Path(c.data_dir or HERE / "data"))
-        sha256 = sha256_of(text)
-        is_bytes = is_bytes or self.name == "enwik8"
-        if is_bytes:
-            self.tokenizer = CharTokenizer(alphabet(as_bytes(text)), is_bytes)
+        if c.dataset.endswith(".npy"):
+            check(not is_bytes, f"{c.dataset} has tokens, no bytes: leave out code=bytes")
+            ids, self.tokenizer, self.name, sha256 = load_tokens(Path(c.dataset))
         else:
-            self.tokenizer = CharTokenizer(alphabet(text))
-        V = len(self.tokenizer)
-        check(2 <= V <= 30_000, f"{self.name} has {V:,} different characters, not 2 to 30,000")
-        ids = torch.from_numpy(self.tokenizer.encode(text))
+            ids, self.tokenizer, self.name, sha256 = load_characters(c, is_bytes)
+        self.unit = self.tokenizer.unit
 
         # the last tenth is held out, of text8 and enwik8 the first half of it, as is usual
         n = int(0.9 * len(ids))
@@ -173,26 +202,66 @@ class Text:
             train = train[:c.train_size]
         self.T = c.block_size
         check(len(train) >= self.T and len(val) >= 2 * self.T,
-              f"{self.name} has {len(train):,} characters to train on, {len(val):,} to validate; "
+              f"{self.name} has {len(train):,} {self.unit}s to train on, {len(val):,} to validate; "
               f"block_size={self.T} needs {self.T:,} and {2 * self.T:,}")
-        self.train = train.to(DEVICE)
+        self.train = train.to(DEVICE) if train.nbytes <= ON_DEVICE else train
         self.val = val[:len(val) // self.T * self.T].view(-1, self.T).to(DEVICE)
-        self.unit = "byte" if is_bytes else "char"
-        self.meta = {"alphabet": self.tokenizer.chars, "is_bytes": is_bytes,
+        self.meta = {"alphabet": self.tokenizer.chars, "is_bytes": self.tokenizer.is_bytes,
                      "data": {"name": self.name, "sha256": sha256}}
 
     def __str__(self):
-        return (f"{self.name}: {len(self.train):,} characters to train, {self.val.numel():,} to "
+        return (f"{self.name}: {len(self.train):,} {self.unit}s to train, {self.val.numel():,} to "
                 f"validate, {len(self.tokenizer)} different")
 
     def batch(self, n):
         """n random windows of the training text, int64 (n, T)."""
-        start = torch.randint(len(self.train) - self.T + 1, (n, 1), device=DEVICE)
-        return self.train[start + torch.arange(self.T, device=DEVICE)].long()
+        start = torch.randint(len(self.train) - self.T + 1, (n, 1), device=self.train.device)
+        window = start + torch.arange(self.T, device=start.device)
+        return self.train[window].long().to(DEVICE)
 
 
 # -------------------------------------------------------------------------------------------------
 # files
+
+def load_characters(c, is_bytes):
+    """-> the ids of the text c.dataset, its tokenizer, its name and sha256."""
+    text, name = load_text(c.dataset, Path(c.data_dir or HERE / "data"))
+    is_bytes = is_bytes or name == "enwik8"
+    chars = alphabet(as_bytes(text) if is_bytes else text)
+    V = len(chars)
+    check(2 <= V <= 30_000, f"{name} has {V:,} different characters, not 2 to 30,000")
+    tokenizer = CharTokenizer(chars, is_bytes)
+    return torch.from_numpy(tokenizer.encode(text)), tokenizer, name, sha256_of(text)
+
+
+def load_tokens(path):
+    """-> the ids in a .npy file, which stay there until they are used, the tokenizer of the strings
+    in the vocab.json beside it, the name, and the sha256 of both."""
+    vocab = path.with_name("vocab.json")
+    try:
+        ids = np.load(path, mmap_mode="r")
+        check(vocab.is_file(), f"no {vocab}, a list of strings, that of id 0 first")
+        strings = json.loads(vocab.read_bytes())
+        "".join(strings).encode()              # strings, and no halves of a surrogate pair
+    except (ValueError, EOFError, TypeError) as error:
+        raise SystemExit(f"{path} is no array, or {vocab} no list of strings: {error}") from None
+    V = len(strings)
+    differ = isinstance(strings, list) and len(set(strings)) == V and "" not in strings
+    check(differ and 2 <= V <= 30_000,
+          f"{vocab} is no list of 2 to 30,000 different strings, none of them empty")
+    check(isinstance(ids, np.memmap) and ids.ndim == 1 and ids.dtype in (np.uint16, np.int32),
+          f"{path} is no one-dimensional array of uint16 or int32")
+
+    digest = hashlib.sha256(json.dumps(strings).encode())
+    for _, piece in tqdm(pieces(ids), f"checking {path.name}", leave=False, disable=None):
+        check(piece.min() >= 0 and piece.max() < V,
+              f"{path} has ids from {piece.min()} to {piece.max()}, {vocab} {V:,} strings")
+        digest.update(piece.astype("<i4"))
+    if ids.dtype == np.uint16:                 # torch can do little with it; an id is < 30,000
+        ids = ids.view(np.int16)
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+    return torch.from_numpy(ids), VocabTokenizer(strings), f"file {path.name}", digest.hexdigest()
+
 
 def load_text(name, folder):
     """-> the text of a dataset, and what it is called. name: of a corpus, auto, pydoc, or the path

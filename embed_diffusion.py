@@ -250,29 +250,36 @@ def count_bigrams(method, data):
 
 
 def load_table(method, data, c):
-    """Begin with the rows of the file c.table; characters that it lacks begin at random."""
+    """Begin with the rows of the file c.table; tokens that it lacks begin at random."""
     alphabet = data.tokenizer.chars
     known = principal_rows(read_table(c.table, alphabet), c.dim)
-    check(len(known) >= 2, f"{c.table} has no two different embeddings of the text's characters")
+    check(len(known) >= 2, f"{c.table} has no two different embeddings of the text's tokens")
     drawn = F.normalize(torch.randn(len(alphabet), c.dim), dim=1)
     rows = [known.get(ch, row) for ch, row in zip(alphabet, drawn, strict=True)]
     method.table = torch.stack(rows)
-    missing = "".join(ch for ch in alphabet if ch not in known)
+    missing = [token for token in alphabet if token not in known]
     if missing:
-        print0(f"{c.table} lacks {len(missing)} of {len(rows)} characters: {missing[:80]!r}")
+        shown = "".join(missing)[:80]
+        print0(f"{c.table} lacks {len(missing)} of {len(rows)} tokens: {shown!r}")
 
 
 def read_table(path, alphabet):
-    """{character: its numbers, float64} of a text file as GloVe's: on each line a character, a new
-    line as \\n and a space as \u2581, and its numbers. Other tokens are passed over."""
-    spelling = {"\n": "\\n", " ": "\u2581"}
-    wanted = {spelling.get(ch, ch): ch for ch in alphabet}
-    found = {}
+    """{token: its numbers, float64} of a text file as GloVe's: on each line a token, a new line in
+    it as \\n and a space as \u2581, and its numbers. What begins with a space is looked up without
+    it, too. Other tokens are passed over."""
+    spellings = {}
+    for token in alphabet:
+        exact = token.replace("\n", "\\n").replace(" ", "\u2581")
+        spellings[token] = [exact, exact.removeprefix("\u2581") or exact]
+    wanted = {spelling for pair in spellings.values() for spelling in pair}
+    lines = {}
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             token, _, numbers = clean(line).partition(" ")
             if token in wanted:
-                found[wanted[token]] = numbers.split()
+                lines[token] = numbers.split()
+    found = {token: lines.get(exact, lines.get(bare)) for token, (exact, bare) in spellings.items()
+             if exact in lines or bare in lines}
     try:
         table = torch.tensor([[float(x) for x in row] for row in found.values()],
                              dtype=torch.float64)
@@ -302,6 +309,7 @@ def principal_rows(table, dim):
 
 def steer_mask(steer, tokenizer, L):
     """Which characters --steer allows at each position, from 0 on, of a text: (L, V) bool."""
+    check(tokenizer.unit != "token", "steer names characters, and this model writes tokens")
     check(steer.isascii() or not tokenizer.is_bytes,
           f"steer={steer!r}: this model writes bytes and is steered by ASCII alone")
 

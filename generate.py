@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from checkpoint import find_checkpoint, load
 from config import COLOR, CUDA_GRAPHS, DEVICE, Masked, Sample, check, parse, run
-from data import CharTokenizer, clean
+from data import clean, tokenizer_of
 from step import reseed
 from train import build
 
@@ -79,7 +79,7 @@ def lay_out(pieces, length, T, mask_id):
         length = n
         if known.all():
             length = T if n <= T // 2 else n + T
-    check(length >= n, f"length={length} is shorter than the prompt, which has {n} characters")
+    check(length >= n, f"length={length} is shorter than the prompt, which has {n}")
     return F.pad(ids, (0, length - n), value=mask_id), F.pad(known, (0, length - n))
 
 
@@ -130,7 +130,7 @@ def infer_blank_lengths(method, pieces, T, seed):
         if i + 1 < len(pieces) and isinstance(pieces[i + 1], list):
             after = pieces[i + 1][:min(MAX_EVIDENCE, T // 2)]
         check(lengths[-1] + len(after) <= T,
-              f"with the {len(after)} characters that follow, a blank may have {T - len(after)}, "
+              f"with the {len(after)} that follow, a blank may have {T - len(after)}, "
               f"not {lengths[-1]}: a window has {T}")
         reseed(seed, i)
         if after:
@@ -144,7 +144,7 @@ def infer_blank_lengths(method, pieces, T, seed):
         else:
             L = lengths[int(torch.randint(len(lengths), ()))]
             why = "nothing known follows it: any length is as likely"
-        print(f"{{{lengths[0]}-{lengths[-1]}}}: {L} characters ({why})", file=sys.stderr)
+        print(f"{{{lengths[0]}-{lengths[-1]}}}: length {L} ({why})", file=sys.stderr)
         pieces[i] = range(L, L + 1)
     return pieces
 
@@ -202,7 +202,7 @@ def open_model(out, name, settings, build, methods):
         method.net = Recorded(method.net)
     print(f"{path}: {meta['method']}, trained on {meta['data']['name']} for {meta['step']:,} steps",
           file=sys.stderr)
-    return method, c, meta, CharTokenizer(meta["alphabet"], meta["is_bytes"])
+    return method, c, meta, tokenizer_of(meta)
 
 
 class Recorded(nn.Module):
@@ -294,28 +294,29 @@ def main(argv):
 # the terminal
 
 def painted_texts(tokenizer, x, confidence):
-    """(n, L) each -> n texts as they are shown, each a list of characters."""
+    """(n, L) each -> n texts as they are shown, each a list of tokens."""
     rows = zip(x.tolist(), confidence.tolist(), strict=True)
     return [tokenizer.paint(ids, p) for ids, p in rows]
 
 
 def screen_rows(text, columns):
-    """The rows in which a text, a list of characters as they are shown, stands in a terminal. A
-    Chinese character is two columns wide, an accent none, a tab is shown as a space."""
+    """The rows in which a text, a list of tokens as they are shown, stands in a terminal. A Chinese
+    character is two columns wide, an accent none, a tab is shown as a space."""
     rows = [""]
     used = 0
     for shown in text:
-        char = re.sub(r"\x1b\[[0-9;]*m", "", shown)                   # without its colour
-        width = 0
-        for ch in char:
+        parts = re.fullmatch(r"((?:\x1b\[[0-9;]*m)?)(.*?)((?:\x1b\[0m)?)", shown, re.DOTALL)
+        colour, token, end = parts.groups()
+        for ch in token:
+            width = 0
             if not unicodedata.combining(ch):
-                width += 1 + (unicodedata.east_asian_width(ch) in "WF")
-        if char == "\n" or used + width > columns:
-            rows.append("")
-            used = 0
-        if char != "\n":
-            rows[-1] += shown.replace("\t", " ")
-            used += width
+                width = 1 + (unicodedata.east_asian_width(ch) in "WF")
+            if ch == "\n" or used + width > columns:
+                rows.append("")
+                used = 0
+            if ch != "\n":
+                rows[-1] += colour + ch.replace("\t", " ") + end
+                used += width
     return rows
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import train
 from checkpoint import load
 from config import GPU, HERE, Masked, Mnist, Sample, Settings, check
-from data import Text
+from data import PIECE, Text
 from diffusion import MaskedDiffusion
 from evaluation.report import Table
 from gaussian import TokenDiffusion, position_times, q_sample
@@ -132,12 +132,12 @@ def corpus(checkpoint, s):
 
 
 def grouped(checkpoints, s):
-    """[(data, checkpoints)] for each corpus, alphabet and block size. Of checkpoints that differ in
+    """[(data, checkpoints)] for each corpus, unit and block size. Of checkpoints that differ in
     train_size, the data of the first."""
     groups = {}
     for checkpoint in checkpoints:
         data = corpus(checkpoint, s)
-        key = data.meta["data"]["sha256"], data.meta["alphabet"], data.T, data.unit
+        key = data.meta["data"]["sha256"], data.T, data.unit
         groups.setdefault(key, []).append(checkpoint)
     return [(corpus(group[0], s), group) for group in groups.values()]
 
@@ -178,8 +178,17 @@ def left_to_right(method, x0):
 
 def unigram_of(data):
     """The frequencies (V,) of the characters of the training text, with one added to each count."""
-    counts = torch.bincount(data.train.long(), minlength=len(data.tokenizer)).double() + 1
-    return counts / counts.sum()
+    V = len(data.tokenizer)
+    counts = torch.ones(V, dtype=torch.float64, device=data.train.device)
+    for piece in data.train.split(PIECE):        # tokens may be more than memory holds
+        counts += torch.bincount(piece.long(), minlength=V)
+    return counts.to(data.val.device) / counts.sum().item()
+
+
+def count_chars(tokenizer, x):
+    """How many characters the tokens x (n, L) have: (n,), on the CPU. Of bytes, a byte is one."""
+    lengths = torch.tensor([len(text) for text in tokenizer.chars])
+    return lengths[x.cpu().long()].sum(1)
 
 
 @torch.no_grad()
@@ -228,10 +237,13 @@ FIFTH_COLUMNS = {"checkpoint": 0, "0-20%": 3, "20-40%": 3, "40-60%": 3, "60-80%"
 
 
 def likelihood_columns(unit):
-    return {
+    columns = {
         "checkpoint": 0, "method": 0, "parameters": 0, "steps": 0, f"bound, nats/{unit}": 4,
         "± text": 4, "± draws": 4, f"bits/{unit}": 3, "minus the first": 4, "masked CE": 3,
         "left to right": 4, "minus its bound there": 4}
+    if unit == "token":
+        columns["bound, nats/char"] = 4
+    return columns
 
 
 def mean_and_stderr(windows):
@@ -280,5 +292,9 @@ def bound_row(checkpoint, data, e, first, s):
         in_order = mean_and_stderr(nats)
         gap = mean_and_stderr(nats - spaced_rows(e["windows"], s.exact))
     n_parameters = sum(p.numel() for p in method.parameters())
-    return (checkpoint.path, checkpoint.name, n_parameters, checkpoint.meta["step"], e["bound"],
-            e["stderr"], mc, bits, difference, e["masked_ce"], in_order, gap)
+    row = (checkpoint.path, checkpoint.name, n_parameters, checkpoint.meta["step"], e["bound"],
+           e["stderr"], mc, bits, difference, e["masked_ce"], in_order, gap)
+    if data.unit == "token":
+        n_chars = count_chars(data.tokenizer, spaced_rows(data.val, s.windows))
+        row = (*row, e["bound"] * data.T / n_chars.double().mean().item())
+    return row

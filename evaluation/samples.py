@@ -14,7 +14,7 @@ import torch
 from config import DEVICE, HERE, Sample, check
 from data import printable
 from diffusion import Autoregressive, MaskedDiffusion
-from evaluation.likelihood import corpus, open_checkpoint, spaced_rows
+from evaluation.likelihood import corpus, count_chars, open_checkpoint, spaced_rows
 from evaluation.report import Table
 from gaussian import TokenDiffusion
 from step import reseed
@@ -169,15 +169,17 @@ def fitting(eval_model, checkpoint):
 
 
 @torch.no_grad()
-def eval_nll(eval_model, x):
+def eval_nll(eval_model, x, n_chars=None):
     """Generative NLL, exact: nats per character of the texts x (n, L) under an autoregressive model
-    of the same alphabet, in pieces of at most its block size.
-    -> (mean, standard error over texts)"""
+    of the same alphabet, in pieces of at most its block size. n_chars (n,): how many characters the
+    texts have, if that is not L. -> (mean, standard error over texts)"""
     nats = torch.zeros(len(x), device=x.device)
     for piece in x.split(eval_model.c.block_size, 1):
         piece_nats, _ = eval_model.method.bound(piece)
         nats = nats + piece_nats * piece.size(1)
-    return mean([(n, x.size(1)) for n in nats.tolist()])
+    if n_chars is None:
+        n_chars = torch.full((len(x),), x.size(1))
+    return mean(list(zip(nats.tolist(), n_chars.tolist(), strict=True)))
 
 
 # tables
@@ -186,9 +188,12 @@ def sample_row(title, x, data, eval_model, infilled=None, n_calls=None, speed=No
     """A row of SAMPLE_COLUMNS, for the texts x (n, L); eval_model may be None."""
     texts = [data.tokenizer.decode(ids) for ids in x.tolist()]
     m = text_metrics(texts, *training_text(data))
+    n_chars = count_chars(data.tokenizer, x)
     nll = None
     if eval_model:
-        nll = eval_nll(eval_model, x)
+        nll = eval_nll(eval_model, x, n_chars)
+    if speed:
+        speed *= n_chars.sum().item() / x.numel()
     return (title, len(x), nll, m["entropy"], m["words"], m["names"], m["fourgrams"],
             m["overlap"], m["longest"], infilled, n_calls, speed)
 
@@ -209,7 +214,8 @@ def sample_tables(checkpoints, data, s, eval_model):
         firsts.append((title, printable(first)))
 
     scorer = fitting(eval_model, checkpoints[0])
-    add(f"held out, beside {len(data.train):,} characters", blocks, data, scorer)
+    unit = "tokens" if data.unit == "token" else "characters"
+    add(f"held out, beside {len(data.train):,} {unit}", blocks, data, scorer)
     if scorer and scorer.c.block_size >= data.T:
         how = Sample(temperature=1.0, seed=s.seed)
         nothing_known = torch.zeros_like(blocks, dtype=torch.bool)

@@ -93,7 +93,7 @@ def test_the_embedding_of_a_checkpoint(objective, tmp_path, capsys):
     torch.save(state, tmp_path / "best.pt")
     rows = made(tmp_path / "best.pt", alphabet + "\u2581z")
     assert "lacks 'z\u2581'" in capsys.readouterr().out
-    assert [*rows] == sorted(alphabet)
+    assert sorted(rows) == sorted(alphabet)
     for ch, row in rows.items():
         assert row == method.net.embed.weight[alphabet.index(ch)].tolist(), ch
 
@@ -184,7 +184,7 @@ def test_what_is_missing_is_told_and_drawn(tmp_path, capsys):
     path = tmp_path / "t.txt"
     content = "a 1 0 0\nb 0 1 0\nc 0 0 1\nz 0 0 0\n"
     first, again, other = (begun(content, "a$bczq", path, seed, dim=3) for seed in (3, 3, 4))
-    assert capsys.readouterr().out == f"{path} lacks 3 of 6 characters: '$zq'\n" * 3
+    assert capsys.readouterr().out == f"{path} lacks 3 of 6 tokens: '$zq'\n" * 3
     rows = first[KEY]
     assert torch.allclose(rows.norm(dim=1), torch.ones(6))
     assert torch.allclose(first["table"], 2.65 * rows)     # row_norm
@@ -196,7 +196,7 @@ def test_what_is_missing_is_told_and_drawn(tmp_path, capsys):
     for name, value in begun("", "a$bczq", path, 3, dim=3).items():
         assert torch.equal(value, first[name]) == (name not in (KEY, "table")), name
     begun("a 1 0\nb 0 1\nc .5 .5\n", "abc", path, dim=2)
-    assert "t.txt lacks 1 of 3 characters: 'c'" in capsys.readouterr().out
+    assert "t.txt lacks 1 of 3 tokens: 'c'" in capsys.readouterr().out
 
 
 def test_a_run_begins_with_its_table_and_reads_it_once(tmp_path, capsys):
