@@ -2,6 +2,7 @@
 of the shell scripts against the settings there are."""
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -70,42 +71,47 @@ def test_a_script_says_what_is_wrong_with_bad_input(path, monkeypatch):
 
 # pictures
 
+def last_texts(svg):
+    """Of each pane of an SVG, what can be seen at last, row by row, without spaces."""
+    cells = []
+    for group in ET.fromstring(svg).findall("{*}text"):
+        change = group.find("{*}animate")
+        if change is None or change.get("values").endswith("1"):
+            cells += [(int(cell.get("y")), int(cell.get("x")), cell.text)
+                      for cell in group.findall("{*}tspan")]
+    middle = 424
+    panes = {}
+    for y, x, text in sorted(cells):
+        panes.setdefault((y > 130, x > middle), []).append(text)
+    return ["".join(texts) for _, texts in sorted(panes.items())]
+
+
 def test_the_picture_ends_with_the_text_that_generate_writes(runs, tmp_path, capsys):
-    args = [f"--out={runs['masked']}", "--length=40", "--prompt=is ", "--steps=8"]
+    args = [f"--out={runs['masked']}", "--length=30", "--prompt=is ", "--steps=8"]
     generate.main(args)
     text = capsys.readouterr().out
     animate.main([*args, f"--svg={tmp_path}/u.svg"])
     assert capsys.readouterr().out == text
-    last = []
-    for e in ET.parse(tmp_path / "u.svg").getroot().findall("{*}text"):
-        change = e.find("{*}animate")
-        if change is None or change.get("values").endswith("1"):
-            last.append(e.text)
-    assert "".join(last) == "".join(text.split())
+    svg = (tmp_path / "u.svg").read_text(encoding="utf-8")
+    assert last_texts(svg) == ["".join(text.split())] and svg.count(">masked: 8 calls, ") == 1
+    with pytest.raises(SystemExit, match="writes from left to right"):
+        animate.main([f"--out={runs['ar']}", "--prompt=is {4} of", f"--svg={tmp_path}/u.svg"])
+    with pytest.raises(SystemExit, match="writes no characters"):
+        animate.main([f"--out={runs['mnist']}", f"--svg={tmp_path}/u.svg"])
 
 
-def test_the_svg_of_a_known_history():
-    """In two rows: two characters come out of MASK, of the prompt one cannot be drawn."""
-    tokenizer = CharTokenizer("a<\x1b")
-    history = [(torch.tensor([0, 3, 3, 2]), torch.tensor([1.0, 0.0, 0.0, 1.0])),
-               (torch.tensor([0, 3, 1, 2]), torch.tensor([1.0, 0.0, 0.5, 1.0])),
-               (torch.tensor([0, 1, 1, 2]), torch.tensor([1.0, 0.9, 0.5, 1.0]))]
-    known = torch.tensor([True, False, False, True])
-    svg = animate.text_svg(history, known, tokenizer, seconds=3, columns=2)
-    assert 'viewBox="0 0 51 92" width="51" height="92"' in svg
-    assert svg.count("·<animate") == 2 and svg.count(">a<") == 1 and svg.count(">&lt;<animate") == 2
-    assert svg.count('dur="3s"') == 4 and svg.count("#f0f6fc") == 1 and "\x1b" not in svg
-    for place, at, color in [('x="25.6" y="32" ', "0.5000", "hsl(117 "),
-                             ('x="16.0" y="54" ', "0.2500", "hsl(65 ")]:
-        dot, char = [line for line in svg.splitlines() if place in line]
-        assert f'keyTimes="0.0000;{at}" values="1;0"' in dot and "#484f58" in dot
-        assert f'keyTimes="0.0000;{at}" values="0;1"' in char and color in char
-
-
-def test_a_line_of_the_svg_ends_where_the_text_has_a_new_line_at_last():
-    history = [(torch.tensor(ids), torch.ones(2)) for ids in ([2, 2], [2, 0], [1, 0])]
-    svg = animate.text_svg(history, torch.zeros(2) > 0, CharTokenizer("a\n"), 3, columns=9)
-    assert 'x="16.0" y="54" ' in svg and 'x="25.6"' not in svg
+def test_four_models_write_at_the_same_time(runs, tmp_path, capsys):
+    paths = [str(runs[name]) for name in ("ar", "masked", "embed", "bits")]
+    animate.main([f"--out={','.join(paths)}", "--length=30", f"--svg={tmp_path}/four.svg"])
+    said = capsys.readouterr()
+    svg = (tmp_path / "four.svg").read_text(encoding="utf-8")
+    titles = re.findall(r">(\w+): (\d+) calls, (\d+\.\d) s<", svg)
+    names = [name for name, _, _ in titles]
+    assert names == ["autoregressive", "masked", "embeddings", "bits"]
+    calls = re.findall(r"(\d+) network calls", said.err)
+    assert [n for _, n, _ in titles] == calls and calls[0] == "30" and calls[2:] == ["50", "50"]
+    texts = last_texts(svg)
+    assert len(texts) == 4 and "".join(texts) == "".join(said.out.split())
 
 
 def test_strips_are_evenly_spaced_looks(runs, tmp_path, monkeypatch):
