@@ -108,9 +108,8 @@ def text_svg(recordings):
     # what colours and bars mean, below
     width = 16 + pane_width * n_wide
     height = 12 + pane_height * -(-len(recordings) // n_wide)
-    first, second = CAPTION.split("; ")
-    speed = f"The bars are {slowest:.1f} seconds wide, shown in {WRITING}."
-    for line in (f"{first[0].upper()}{first[1:]};", f"{second}. {speed}"):
+    lines = [*CAPTION.split("; "), f"a full bar is {slowest:.1f} seconds, shown in {WRITING}"]
+    for line in lines:
         height += 18
         parts.append(f'<text x="16" y="{height}" fill="#9198a1" font-size="12">{line}</text>')
     height += 16
