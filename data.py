@@ -185,11 +185,8 @@ class Text:
     """A corpus on the device: .batch(n) for training, .val (W, T) for the bound."""
 
     def __init__(self, c, is_bytes=False):
-        if c.dataset.endswith(".npy"):
-            check(not is_bytes, f"{c.dataset} has tokens, no bytes: leave out code=bytes")
-            ids, self.tokenizer, self.name, sha256 = load_tokens(Path(c.dataset))
-        else:
-            ids, self.tokenizer, self.name, sha256 = load_characters(c, is_bytes)
+        load = load_tokens if c.dataset.endswith(".npy") else load_characters
+        ids, self.tokenizer, self.name, sha256 = load(c, is_bytes)
         self.unit = self.tokenizer.unit
 
         # the last tenth is held out, of text8 and enwik8 the first half of it, as is usual
@@ -234,10 +231,12 @@ def load_characters(c, is_bytes):
     return torch.from_numpy(tokenizer.encode(text)), tokenizer, name, sha256_of(text)
 
 
-def load_tokens(path):
-    """-> the ids in a .npy file, which stay there until they are used, the tokenizer of the strings
-    in the vocab.json beside it, the name, and the sha256 of both."""
+def load_tokens(c, is_bytes):
+    """-> the ids in the file c.dataset, a .npy, where they stay until they are used; the tokenizer
+    of the strings in the vocab.json beside it; the name; the sha256 of both."""
+    path = Path(c.dataset)
     vocab = path.with_name("vocab.json")
+    check(not is_bytes, f"{path} has tokens, no bytes: leave out code=bytes")
     try:
         ids = np.load(path, mmap_mode="r")
         check(vocab.is_file(), f"no {vocab}, a list of strings, that of id 0 first")
