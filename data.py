@@ -1,5 +1,5 @@
 """Text: download, verify, tokenize, batch. A corpus is downloaded once to data/ and checked; a file
-that was cut, or is something else, is never used. tokens.npy has ids of a tokenizer of your own."""
+that was cut, or is something else, is never used. A .npy has ids of a tokenizer of one's own."""
 import codecs
 import gzip
 import hashlib
@@ -45,6 +45,7 @@ ON_DEVICE = 2 ** 31  # bytes of a training text that go to the device; more stay
 class CharTokenizer:
     """Text to ids and back, one character an id. id V = len(chars) is MASK, shown as a dot.
     With is_bytes a character is a byte of the text's UTF-8."""
+    things = "characters"
 
     def __init__(self, chars, is_bytes=False):
         self.chars = chars
@@ -109,6 +110,7 @@ SHADES = {130: "#af5f00", 131: "#af5f5f", 244: "#808080", 67: "#5f87af", 69: "#5
 
 class VocabTokenizer(CharTokenizer):
     """Text to ids and back, where id i is the i-th string of a list, of any length."""
+    things = "tokens"
 
     def __init__(self, strings):
         self.chars = strings
@@ -199,16 +201,16 @@ class Text:
             train = train[:c.train_size]
         self.T = c.block_size
         check(len(train) >= self.T and len(val) >= 2 * self.T,
-              f"{self.name} has {len(train):,} {self.unit}s to train on, {len(val):,} to validate; "
-              f"block_size={self.T} needs {self.T:,} and {2 * self.T:,}")
+              f"{self.name} has {len(train):,} {self.tokenizer.things} to train on, {len(val):,} "
+              f"to validate; block_size={self.T} needs {self.T:,} and {2 * self.T:,}")
         self.train = train.to(DEVICE) if train.nbytes <= ON_DEVICE else train
         self.val = val[:len(val) // self.T * self.T].view(-1, self.T).to(DEVICE)
         self.meta = {"alphabet": self.tokenizer.chars, "is_bytes": self.tokenizer.is_bytes,
                      "data": {"name": self.name, "sha256": sha256}}
 
     def __str__(self):
-        return (f"{self.name}: {len(self.train):,} {self.unit}s to train, {self.val.numel():,} to "
-                f"validate, {len(self.tokenizer)} different")
+        return (f"{self.name}: {len(self.train):,} {self.tokenizer.things} to train, "
+                f"{self.val.numel():,} to validate, {len(self.tokenizer)} different")
 
     def batch(self, n):
         """n random windows of the training text, int64 (n, T)."""
@@ -224,7 +226,8 @@ def load_characters(c, is_bytes):
     """-> the ids of the text c.dataset, its tokenizer, its name and sha256."""
     text, name = load_text(c.dataset, Path(c.data_dir or HERE / "data"))
     is_bytes = is_bytes or name == "enwik8"
-    chars = alphabet(as_bytes(text) if is_bytes else text)
+    source = as_bytes(text) if is_bytes else text
+    chars = alphabet(source)
     V = len(chars)
     check(2 <= V <= 30_000, f"{name} has {V:,} different characters, not 2 to 30,000")
     tokenizer = CharTokenizer(chars, is_bytes)

@@ -116,7 +116,7 @@ def length_log_likelihood(method, before, after, lengths, orders, T):
     return torch.stack(totals)
 
 
-def infer_blank_lengths(method, pieces, T, seed):
+def infer_blank_lengths(method, pieces, T, seed, things="characters"):
     """Pieces with each blank {a-b} replaced by a {L}, from left to right: the likeliest L, by the
     up to 32 known characters right after it, or if there are none any L of a..b by chance. A blank
     whose length is chosen is MASKs to the next."""
@@ -130,7 +130,7 @@ def infer_blank_lengths(method, pieces, T, seed):
         if i + 1 < len(pieces) and isinstance(pieces[i + 1], list):
             after = pieces[i + 1][:min(MAX_EVIDENCE, T // 2)]
         check(lengths[-1] + len(after) <= T,
-              f"with the {len(after)} that follow, a blank may have {T - len(after)}, "
+              f"with the {len(after)} {things} that follow, a blank may have {T - len(after)}, "
               f"not {lengths[-1]}: a window has {T}")
         reseed(seed, i)
         if after:
@@ -144,7 +144,7 @@ def infer_blank_lengths(method, pieces, T, seed):
         else:
             L = lengths[int(torch.randint(len(lengths), ()))]
             why = "nothing known follows it: any length is as likely"
-        print(f"{{{lengths[0]}-{lengths[-1]}}}: length {L} ({why})", file=sys.stderr)
+        print(f"{{{lengths[0]}-{lengths[-1]}}}: {L} {things} ({why})", file=sys.stderr)
         pieces[i] = range(L, L + 1)
     return pieces
 
@@ -255,7 +255,7 @@ def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):
     report = f"{n_calls} network calls"
     if not watching:
         speed = s.n * int((~known).sum()) / max(seconds, 1e-9)
-        report += f", {seconds:.1f} s, {speed:,.0f} characters/s"
+        report += f", {seconds:.1f} s, {speed:,.0f} {tokenizer.things}/s"
     print(report, file=sys.stderr)
 
 
@@ -265,7 +265,7 @@ def prepare(s):
     method, c, meta, tokenizer = open_model(s.out, "masked", Masked, build, ["masked", "ar"])
     pieces = parse_prompt(s.prompt, tokenizer)
     if meta["method"] == "masked":
-        pieces = infer_blank_lengths(method, pieces, c.block_size, s.seed)
+        pieces = infer_blank_lengths(method, pieces, c.block_size, s.seed, tokenizer.things)
     ids, known = lay_out(pieces, s.length, c.block_size, method.mask_id)
     known_comes_first = bool(known[:int(known.sum())].all())
     check(meta["method"] == "masked" or known_comes_first, "the autoregressive baseline writes from"

@@ -214,8 +214,7 @@ def sample_tables(checkpoints, data, s, eval_model):
         firsts.append((title, printable(first)))
 
     scorer = fitting(eval_model, checkpoints[0])
-    unit = "tokens" if data.unit == "token" else "characters"
-    add(f"held out, beside {len(data.train):,} {unit}", blocks, data, scorer)
+    add(f"held out, beside {len(data.train):,} {data.tokenizer.things}", blocks, data, scorer)
     if scorer and scorer.c.block_size >= data.T:
         how = Sample(temperature=1.0, seed=s.seed)
         nothing_known = torch.zeros_like(blocks, dtype=torch.bool)

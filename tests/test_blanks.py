@@ -121,7 +121,7 @@ def test_the_likelihood_of_a_length_is_the_chain_rule(monkeypatch):
 def test_who_knows_the_text_finds_the_length(true, capsys):
     follows = ("abcdefgh" * 9)[4 + true:]
     assert infer(Method(periodic), "abcd{1-8}" + follows, 64) == f"abcd{{{true}}}{follows}"
-    said = (rf"\{{1-8\}}: length {true} \(next best \d, ([\d.]+) nats behind, by 32 that "
+    said = (rf"\{{1-8\}}: {true} characters \(next best \d, ([\d.]+) nats behind, by 32 that "
             r"follow\)\n")
     assert float(re.fullmatch(said, capsys.readouterr().err)[1]) > 8
     orders = torch.rand(4, 32).argsort(1)
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_left_out(capsys):
     assert infer(Method(periodic), "a{1-8}" + "efghabcd" * 9, 24).startswith("a{3}")
     assert "by 12 that follow" in capsys.readouterr().err  # half a small window at most
     assert infer(Method(uniform), "a{1-62}bc", 64)         # no room for what is before
-    with pytest.raises(SystemExit, match="^with the 2 that follow, a blank may have 62, "
+    with pytest.raises(SystemExit, match="^with the 2 characters that follow, a blank may have 62, "
                                          "not 63: a window has 64$"):
         infer(Method(uniform), "a{1-63}bc", 64)
 

@@ -134,7 +134,7 @@ BAD = [   # script, arguments, what the one line says
     ("train --dataset=TMP/one.txt", "one.txt has 1 different characters, not 2 to 30,000"),
     ("train --dataset=TMP/many.txt", "many.txt has 30,001 different characters, not 2 to 30,000"),
     ("train --dataset=TMP/text.txt --block_size=8 --train_size=7",
-     "has 7 chars to train on, 1,299 to validate; block_size=8 needs 8 and 16"),
+     "has 7 characters to train on, 1,299 to validate; block_size=8 needs 8 and 16"),
     ("train --dataset=TMP/short.txt --block_size=8", "to train on, 10 to validate"),
     ("train --dataset=TMP/binary.txt", "is not text: it has zero bytes"),
     ("train --dataset=shakespeare --data_dir=TMP/cut", "is cut, or another file"),
