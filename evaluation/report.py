@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -14,12 +15,17 @@ import torch
 
 import config
 from config import DEVICE, GPU, HERE
+from data import SHADES
+from generate import CAPTION
 from mnist_ddpm import sample_images, to_bytes
 from step import reseed
 from train import spaced_rows
 
 N_FRAMES = 65    # of a text as it is written, the first with nothing there
 MARKER = "/*DATA*/null"
+IN_SUMMARY = (   # the beginnings of the columns of the table of one row a model
+    "method", "parameters", "steps", "bound, ", "generative NLL", "known words", "calls",
+    "characters/s", "read as asked", "Frechet distance", "digits/s")
 
 
 def stamp():
@@ -86,8 +92,8 @@ def evenly(states):
 
 def replay(checkpoint, data, how):
     """A text or a digit 3 as it is made with the sampler how: {name, calls, frames}. A frame is a
-    text and a digit for the confidence in each character, a space where nothing is written; or the
-    784 bytes of an image in base64, the first of them grey."""
+    text and a digit for the shade of each character, a space where nothing is written; or the 784
+    bytes of an image in base64, the first of them grey."""
     method = checkpoint.method
     reseed(how.seed)
     if data.meta["alphabet"]:
@@ -109,7 +115,7 @@ def text_frame(tokenizer, ids, confidence):
     texts = tokenizer.decode_each(ids)
     digits = ""
     for i, p, text in zip(ids, confidence.tolist(), texts, strict=True):
-        digit = str(int(9.99 * p)) if i < len(tokenizer) else " "
+        digit = str(int(4.99 * p)) if i < len(tokenizer) else " "
         digits += digit * len(text)
     return "".join(texts), digits
 
@@ -130,6 +136,35 @@ def learning_curve(checkpoint):
     return [point for point in points if math.isfinite(point[2])]
 
 
+def samples_in_training(checkpoint):
+    """{name, steps, frames}: the texts in samples.txt, in the folder of a run, each after a line
+    "--- step 400", without shades. None if there is no such file."""
+    path = Path(checkpoint)
+    found = [file for file in (path / "samples.txt", path.with_name("samples.txt"))
+             if file.is_file()]
+    if not found:
+        return None
+    text = found[0].read_text(encoding="utf-8", errors="replace")
+    _, *parts = re.split(r"(?m)^--- step (\d+)\n", text)
+    pairs = evenly([*zip(parts[::2], parts[1::2], strict=True)])
+    frames = [[sample.removesuffix("\n"), ""] for _, sample in pairs]
+    return {"name": checkpoint, "steps": [int(step) for step, _ in pairs], "frames": frames}
+
+
+def summary(tables, checkpoints):
+    """One row a checkpoint: what any table says of it in the columns of IN_SUMMARY."""
+    rows = {path: {} for path in checkpoints}
+    for table in tables:
+        _, *names = table.columns
+        for first, *cells in table.rows:
+            for name, cell in zip(names, cells, strict=True):
+                if first in rows and name.startswith(IN_SUMMARY):
+                    rows[first].setdefault(name, cell)
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    cells = [[path, *(row.get(name, "") for name in columns)] for path, row in rows.items()]
+    return {"title": "", "columns": dict.fromkeys(["model", *columns], 0), "rows": cells}
+
+
 def gather(tables, checkpoints, replays):
     """All that the page shows. checkpoints: their paths; replays: of each, what replay returned."""
     curves = []
@@ -137,12 +172,15 @@ def gather(tables, checkpoints, replays):
         points = learning_curve(path)
         if points:
             curves.append({"name": path, "points": points})
-    return {"stamp": stamp(), "tables": [vars(table) for table in tables], "curves": curves,
-            "replays": replays}
+    learned = [samples_in_training(path) for path in checkpoints]
+    return {"stamp": stamp(), "summary": summary(tables, checkpoints),
+            "tables": [vars(table) for table in tables], "curves": curves, "replays": replays,
+            "learned": [run for run in learned if run and run["frames"]]}
 
 
 def page(data):
     """The page of what gather returned, self-contained."""
     template = (HERE / "evaluation/report.html").read_text(encoding="utf-8")
-    text = json.dumps(data, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
+    shown = {**data, "caption": CAPTION, "shades": list(SHADES.values())}
+    text = json.dumps(shown, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
     return template.replace(MARKER, text, 1)

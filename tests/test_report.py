@@ -23,7 +23,8 @@ from data import CharTokenizer, Text
 from evaluation import __main__ as command
 from evaluation import likelihood
 from evaluation.likelihood import Evaluate
-from evaluation.report import Table, evenly, learning_curve, text_frame
+from evaluation.report import (
+    Table, evenly, learning_curve, samples_in_training, summary, text_frame)
 
 TINY = ["--block_size=32", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=8",
         "--eval_interval=20", "--windows=8", "--compile=False"]
@@ -63,8 +64,36 @@ def test_curves_are_read_and_what_is_cut_is_left_out(tmp_path):
 def test_bytes_are_replayed_as_the_characters_they_are():
     tokenizer = CharTokenizer("".join(map(chr, range(256))), is_bytes=True)
     ids = torch.tensor([*"é€ok".encode()])
-    assert text_frame(tokenizer, ids, torch.full(ids.shape, 0.5)) == ("é€ok", "4444")
+    assert text_frame(tokenizer, ids, torch.full(ids.shape, 0.5)) == ("é€ok", "2222")
     assert text_frame(tokenizer, ids * 0 + 256, torch.zeros(7)) == ("·" * 7, " " * 7)
+
+
+def test_samples_of_a_run_are_read_with_their_steps(tmp_path):
+    assert samples_in_training(tmp_path) is None
+    log = tmp_path / "samples.txt"
+    log.write_bytes("--- step 400\nA\n\nb\n\n--- step 800\né--- step 7\n".encode() + b"\xff\n")
+    for path in (str(tmp_path), str(tmp_path / "best.pt")):
+        assert samples_in_training(path) == {"name": path, "steps": [400, 800], "frames": [
+            ["A\n\nb\n", ""], ["é--- step 7\n�", ""]]}
+    log.write_text("".join(f"--- step {i}\nx\n" for i in range(129)))
+    assert samples_in_training(tmp_path)["steps"] == list(range(0, 129, 2))
+    log.write_text("cut")
+    assert samples_in_training(tmp_path)["frames"] == []
+
+
+def test_the_summary_has_one_row_a_model():
+    """A column for each of the chosen quantities, empty where it was not measured."""
+    columns = {"checkpoint": 0, "method": 0, "bound, nats/char": 2, "± text": 2}
+    bounds = Table("bounds", columns)
+    bounds.add("a", "masked", 1.5, 0.1)
+    bounds.add("b", "bits", 2.5, 0.1)
+    samples = Table("samples", {"text": 0, "method": 0, "known words": 2, "infilled": 2})
+    samples.add("held out", "", 0.9, None)
+    samples.add("b", "other", 0.7, None)
+    said = summary([bounds, samples], ["b", "a", "c"])
+    assert list(said["columns"]) == ["model", "method", "bound, nats/char", "known words"]
+    assert said["rows"] == [["b", "bits", "2.50", "0.70"], ["a", "masked", "1.50", ""],
+                            ["c", "", "", ""]]
 
 
 # what cannot be read or written
@@ -166,6 +195,10 @@ def test_quick_trains_what_is_not_finished_and_measures_it(tmp_path, monkeypatch
     assert len(data["replays"]) == len(data["curves"]) == 5
     for replay in data["replays"]:
         assert len(replay["frames"]) == replay["calls"] + 1 <= 65
+    assert [run["steps"] for run in data["learned"]] == [[10], [10], [6, 10], [10]]
+    assert [row[1] for row in data["summary"]["rows"]] == ["ar", "masked", "bits", "embed", "mnist"]
+    assert list(data["summary"]["columns"])[:5] == ["model", "method", "parameters", "steps",
+                                                    "bound, nats/char"]
     text = data["replays"][1]["frames"]
     assert set(text[0][0]) == {"·"} and "·" not in text[-1][0]
 
