@@ -3,12 +3,13 @@ written with, measured in nats a token and a character; words and their embeddin
 import json
 import random
 import re
+import textwrap
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, last_line, read_state
+from conftest import ROOT, TINY, last_line, read_state
 from test_evaluate import tables_of
 
 import analog_bits
@@ -291,6 +292,20 @@ def test_rows_of_a_terminal_of_tokens():
 
 # -------------------------------------------------------------------------------------------------
 # words
+
+def test_the_lines_of_the_page_make_tokens(tmp_path, monkeypatch):
+    """docs/hacking.md; decoded they are the text."""
+    page = (ROOT / "docs/hacking.md").read_text(encoding="utf-8")
+    lines = re.search(r"(?m)^    import json\n(?:    .*\n|\n(?=    ))+", page)[0]
+    assert len(lines.splitlines()) <= 15
+    monkeypatch.chdir(tmp_path)
+    text = "The cat's on the mat.\n\nThe mat, ça va, is 10 years old.\n" * 30
+    (tmp_path / "my.txt").write_text(text, encoding="utf-8")
+    exec(textwrap.dedent(lines), {})
+    d = Text(Masked(dataset="tokens.npy", block_size=8))
+    ids = np.load("tokens.npy").tolist()
+    assert d.tokenizer.decode(ids) == text and d.tokenizer.encode(text).tolist() == ids
+
 
 @pytest.fixture(scope="module")
 def novel(tmp_path_factory):
