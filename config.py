@@ -89,7 +89,7 @@ class Settings:
 @dataclass(frozen=True)
 class Config(Settings):   # every script that trains
     # data
-    dataset: str = "auto"          # shakespeare, warpeace, text8, enwik8, pydoc, or a text file
+    dataset: str = "auto"          # shakespeare, warpeace, text8, enwik8, pydoc, a text, or ids.npy
     data_dir: str = ""             # where corpora are kept; empty: data/
     train_size: int = 0            # train on the first so many characters only; 0: all
     # run
