@@ -74,7 +74,7 @@ def test_samples_of_a_run_are_read_with_their_steps(tmp_path):
     log.write_bytes("--- step 400\nA\n\nb\n\n--- step 800\né--- step 7\n".encode() + b"\xff\n")
     for path in (str(tmp_path), str(tmp_path / "best.pt")):
         assert samples_in_training(path) == {"name": path, "steps": [400, 800], "frames": [
-            ["A\n\nb\n", ""], ["é--- step 7\n�", ""]]}
+            ["A\n\nb\n", ""], ["é--- step 7\n\ufffd", ""]]}
     log.write_text("".join(f"--- step {i}\nx\n" for i in range(129)))
     assert samples_in_training(tmp_path)["steps"] == list(range(0, 129, 2))
     log.write_text("cut")

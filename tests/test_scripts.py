@@ -130,8 +130,8 @@ def test_a_text_of_many_windows_has_a_bar(monkeypatch):
 
 def test_watch_shows_frames_only_in_a_terminal(trained, written, monkeypatch):
     args = ["--watch", "--length=32", "--steps=4"]
-    text, _ = written(*args)
-    assert "\x1b" not in text and len(text) == 33
+    text, err = written(*args)
+    assert "\x1b" not in text and len(text) == 33 and generate.CAPTION not in err
     with monkeypatch.context() as patch:                   # a terminal, but a dumb one
         for module in (generate, data):
             patch.setattr(module, "TERMINAL", True, raising=False)
@@ -142,8 +142,8 @@ def test_watch_shows_frames_only_in_a_terminal(trained, written, monkeypatch):
     leader, follower = pty.openpty()
     env = {**os.environ, "NO_COLOR": "", "TERM": "xterm"}
     command = [sys.executable, "generate.py", f"--out={trained}", *args]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=follower, stderr=subprocess.DEVNULL,
-                               env=env)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=follower, stderr=subprocess.PIPE,
+                               env=env, text=True)
     os.close(follower)
     shown = b""
     try:
@@ -151,7 +151,8 @@ def test_watch_shows_frames_only_in_a_terminal(trained, written, monkeypatch):
             shown += part
     except OSError:                                        # so Linux says that it is closed
         pass
-    assert process.wait(timeout=60) == 0
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err.count(generate.CAPTION) == 1
     os.close(leader)
     frames, _, painted = shown.decode().partition("\x1b[?25h")
     assert frames.count("\x1b[J") == 5 and "·" in frames   # four frames, and none is left
