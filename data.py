@@ -226,8 +226,7 @@ def load_characters(c, is_bytes):
     """-> the ids of the text c.dataset, its tokenizer, its name and sha256."""
     text, name = load_text(c.dataset, Path(c.data_dir or HERE / "data"))
     is_bytes = is_bytes or name == "enwik8"
-    source = as_bytes(text) if is_bytes else text
-    chars = alphabet(source)
+    chars = alphabet(as_bytes(text)) if is_bytes else alphabet(text)
     V = len(chars)
     check(2 <= V <= 30_000, f"{name} has {V:,} different characters, not 2 to 30,000")
     tokenizer = CharTokenizer(chars, is_bytes)

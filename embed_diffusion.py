@@ -259,8 +259,8 @@ def load_table(method, data, c):
     method.table = torch.stack(rows)
     missing = [token for token in alphabet if token not in known]
     if missing:
-        shown = "".join(missing)[:80]
-        print0(f"{c.table} lacks {len(missing)} of {len(rows)} tokens: {shown!r}")
+        text = "".join(missing)[:80]
+        print0(f"{c.table} lacks {len(missing)} of {len(rows)} tokens: {text!r}")
 
 
 def read_table(path, alphabet):
