@@ -208,6 +208,14 @@ def test_a_large_alphabet_takes_two_bytes():
         assert ids.dtype == dtype and ids.tolist() == list(range(n))
 
 
+def test_an_alphabet_that_is_too_large_is_one_line(tmp_path):
+    """Also where an id does not fit into two bytes."""
+    path = tmp_path / "many.txt"
+    path.write_text("".join(map(chr, range(0x4e00, 0x4e00 + 33_000))), encoding="utf-8")
+    with pytest.raises(SystemExit, match="has 33,000 different characters, not 2 to 30,000"):
+        Text(Masked(dataset=str(path)))
+
+
 def test_bytes_come_back_as_characters():
     tokenizer = CharTokenizer("".join(map(chr, range(256))), is_bytes=True)
     ids = tokenizer.encode("né!€").tolist()
