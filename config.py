@@ -110,7 +110,7 @@ class Config(Settings):   # every script that trains
     batch_size: int = 64 if GPU else 32     # of one micro-batch
     grad_accum: int = 1            # micro-batches a step, of all processes together
     optimizer: Literal["muon", "adamw"] = "muon"   # muon: for matrices in blocks, adamw for others
-    learning_rate: float = 6e-3    # of both: Muon's update is scaled to AdamW's
+    learning_rate: float = 1e-2    # of both: Muon's update is scaled to AdamW's
     warmup_iters: int = 100        # steps in which the learning rate rises
     weight_decay: float = 0.1      # times the learning rate: share of a weight lost in a step
     grad_clip: float = 1.0         # largest norm of the gradient; 0: any
@@ -128,6 +128,7 @@ class Masked(Config):   # train.py: masked diffusion and the autoregressive base
     objective: Literal["masked", "ar"] = "masked"     # ar: the autoregressive baseline
     schedule: Literal["linear", "square", "cosine"] = "linear"   # of the mask rate in training
     loss: Literal["elbo", "pooled"] = "pooled"     # the bound, or the mean per masked character
+    curriculum: float = 0.5        # share of the run in which mask rates, small at first, reach 1
     time: bool = False             # feed the network the share masked (it can count the MASKs)
 
 

@@ -42,12 +42,14 @@ class MaskedDiffusion(nn.Module):
     early_stopping = True    # best.pt has the lowest bound, not the last step
     noise_name = "share masked"
 
-    def __init__(self, net, vocab_size, schedule="linear", loss="elbo"):
+    def __init__(self, net, vocab_size, schedule="linear", loss="elbo", curriculum=0.0):
         super().__init__()
         self.net = net
         self.mask_id = vocab_size
         self.schedule = schedule
         self.loss = loss
+        self.curriculum = curriculum
+        self.progress = nn.Buffer(torch.zeros(()), persistent=False)   # TrainingStep sets it
 
     def masked_ce(self, x0, k, rand):
         """Cross-entropy (B, T) where the k (B,) smallest of rand (B, T) are masked, else 0."""
@@ -68,8 +70,12 @@ class MaskedDiffusion(nn.Module):
 
     @torch.compiler.disable              # compiled, it would draw other numbers
     def draw(self, B, T, device):
-        """What is random in a training step: mask rates and weights (B,), and uniform (B, T)."""
+        """What is random in a training step: mask rates and weights (B,), and uniform (B, T). With
+        a curriculum the rates begin below 0.2, where most is known; for a share of the training
+        their limit grows to 1."""
         rate, weight = self.sample_mask_rates(B, device)
+        if self.curriculum:
+            rate = rate * (0.2 + 0.8 * self.progress / self.curriculum).clamp(max=1)
         return rate, weight, torch.rand(B, T, device=device)
 
     def forward(self, x0):

@@ -127,6 +127,8 @@ class TrainingStep:
         self.ema_weight = torch.zeros((), device=DEVICE)
         self.opts = build_optimizers(method, c, self.lr)
         self.scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
+        # what share of the run is done, for a method that has such a buffer
+        self.progress = [b for name, b in method.named_buffers() if name == "progress"]
         self.run = call
         self.to_record = False
 
@@ -135,6 +137,8 @@ class TrainingStep:
         several processes a tensor, not 0 if one of them is to."""
         c = self.c
         self.lr.fill_(get_lr(step, c))
+        for progress in self.progress:
+            progress.fill_(step / c.max_iters)
         # a smaller decay in the first steps
         self.ema_weight.fill_(1 - min(c.ema, (1 + step) / (10 + step)))
         self.loss.zero_()

@@ -38,7 +38,7 @@ SCRIPTS = {"masked": train, "ar": train, "bits": analog_bits, "embed": embed_dif
 RECIPES = {"embed": embed_diffusion.RECIPES, "mnist": config.MNIST_RECIPES}
 # Muon computes in bf16, which every kind of CPU rounds in its own way: one case has it
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, warmup_iters=2,
-            max_iters=20, compile=False, optimizer="adamw")
+            max_iters=20, compile=False, optimizer="adamw", learning_rate=6e-3)
 
 
 class Walk:
@@ -89,7 +89,10 @@ def train_case(name):
     script = SCRIPTS[kind]
     data = BLOTS if kind == "mnist" else WALK
     typed = config.parse(CASES["networks"][name].split(), script.SETTINGS, RECIPES.get(kind))
-    c = script.SETTINGS(**TINY | typed)
+    tiny = TINY
+    if script is train:
+        tiny = TINY | {"curriculum": 0}
+    c = script.SETTINGS(**tiny | typed)
     train.reseed(c.seed)
     method = script.build(c, data.meta)
     if name == "embed.fluency":

@@ -155,6 +155,21 @@ def test_pooled_is_the_documents_loss():
     assert loss.item() == pytest.approx((ce.sum() / (ce > 0).sum()).item(), abs=1e-6)
 
 
+def test_a_curriculum_limits_the_mask_rates_for_its_share_of_the_run():
+    """From 0.2 to 1; all else is drawn as without it."""
+    m = MaskedDiffusion(None, 3, curriculum=0.5)
+    plain = MaskedDiffusion(None, 3)
+    for progress, most in ((0, 0.2), (0.25, 0.6), (0.5, 1), (0.9, 1)):
+        m.progress.fill_(progress)
+        draws = []
+        for method in (m, plain):
+            torch.manual_seed(0)
+            draws.append(method.draw(8, 16, "cpu"))
+        (rate, *rest), (plain_rate, *plain_rest) = draws
+        assert torch.allclose(rate, most * plain_rate)
+        assert all(map(torch.equal, rest, plain_rest))
+
+
 def test_oracle_bound_is_the_exact_likelihood():
     oracle = Oracle(3, 3)
     m = MaskedDiffusion(oracle, 3)

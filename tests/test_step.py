@@ -133,6 +133,14 @@ def test_a_step_that_overflows_leaves_all_state_to_the_bit(bad):
         assert not torch.equal(a, b)
 
 
+def test_a_step_tells_the_method_what_share_of_the_run_is_done():
+    method, data, c = build("masked")
+    train_step = training_step(method, data, replace(c, max_iters=8))
+    for i in (0, 2, 7):
+        train_step(i)
+        assert method.progress == i / 8
+
+
 def test_a_resumed_optimizer_keeps_its_own_settings():
     """The file has the weight decay of then, and a rate that is another tensor."""
     method, data, c = build("masked")
@@ -233,7 +241,7 @@ def test_compiled_is_eager_and_compiled_once(monkeypatch, name):
             train_step.method.compile(dynamic=False, backend=backend)
         losses.append([train_step(step)[0].item() for step in range(6)])
     eager, compiled = losses
-    assert compiled == pytest.approx(eager, rel=1e-5)
+    assert compiled == pytest.approx(eager, rel=1e-4)     # Muon computes in bf16
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
 
 
