@@ -260,7 +260,7 @@ class ImageSampler(Settings):   # mnist_ddpm.py sample
     guidance: float = 1.4          # 1: as trained with labels, 0: without
     clip: bool = True              # keep predicted pictures in [-1, 1]
     trace: bool = False            # also a strip from noise to digit
-    png: str = ""                  # where to; empty: samples.png in the folder of the run
+    png: str = ""                  # where to; empty: samples.png in the run's folder or out/
 
 
 # -------------------------------------------------------------------------------------------------

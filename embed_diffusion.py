@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
+from tqdm import tqdm
 
 from checkpoint import load, out_option, start_or_resume
 from config import DEVICE, HERE, Embed, EmbedSampler, Masked, check, parse, print0, run
@@ -274,7 +275,7 @@ def read_table(path, alphabet):
     wanted = {spelling for pair in spellings.values() for spelling in pair}
     lines = {}
     with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
+        for line in tqdm(f, f"reading {path}", unit=" lines", leave=False, disable=None):
             token, _, numbers = clean(line).partition(" ")
             if token in wanted:
                 lines[token] = numbers.split()

@@ -164,10 +164,9 @@ def write(method, ids, known, T, s, windows=None, sample=None):
     x = x.masked_fill(~known, method.mask_id)
     confidence = known.float()
     windows = windows or half_windows(L, T)
-    no_bar = None                                                      # one in a terminal
-    if s.watch or len(windows) == 1:
-        no_bar = True
-    for start, end in tqdm(windows, desc="windows written", leave=False, disable=no_bar):
+    # shown in a terminal only
+    bar = tqdm(desc="writing", unit=" calls", leave=False, disable=s.watch or None)
+    for start, end in windows:
         if known[:, start:end].all():
             continue
         window = slice(start, start + T)
@@ -184,8 +183,10 @@ def write(method, ids, known, T, s, windows=None, sample=None):
             x[:, part] = x_window[:, :n]
             confidence = confidence.clone()
             confidence[:, part] = torch.where(known[:, part], confidence[:, part], p[:, :n])
+            bar.update()
             yield x[:, :L], confidence[:, :L]
         known[:, part] = True
+    bar.close()
 
 
 def half_windows(L, T):

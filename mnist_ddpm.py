@@ -129,9 +129,12 @@ def sample_images(method, labels, s, batch_index=0):
 
 def sample_batches(method, labels, s, batch_size=250):
     images = []
-    for i, batch in enumerate(tqdm(labels.split(batch_size), disable=None, leave=False)):
-        *_, (x, _) = sample_images(method, batch, s, i)
-        images.append(x)
+    batches = labels.split(batch_size)
+    with tqdm(total=len(batches) * s.steps, desc="drawing", leave=False, disable=None) as bar:
+        for i, batch in enumerate(batches):
+            for x, _ in sample_images(method, batch, s, i):
+                bar.update()
+            images.append(x)
     return torch.cat(images)
 
 
@@ -144,7 +147,10 @@ def sample(argv):
         labels = torch.full((s.n,), s.digit)
     x = sample_batches(method, labels, s)
     out = path if path.is_dir() else path.parent
+    if out == HERE / "results":                    # that of the checkpoint in the repository
+        out = HERE / "out"
     to = Path(s.png) if s.png else out / "samples.png"
+    to.parent.mkdir(parents=True, exist_ok=True)
     to.write_bytes(png(grid(x, min(s.n, N_CLASSES))))
     print(f"{path}: trained on {meta['data']['name']} for {meta['step']:,} steps; {s.n} digits, "
           f"{s.steps} {s.sampler} steps, guidance {s.guidance:g}\nwrote {to}")

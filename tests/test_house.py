@@ -101,8 +101,8 @@ def evening():
 
 
 def test_the_top_level_is_an_evening():
-    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3545
-    assert evening() <= 870
+    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3735
+    assert evening() <= 915
 
 
 # -------------------------------------------------------------------------------------------------
