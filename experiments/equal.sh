@@ -1,0 +1,30 @@
+#!/bin/bash
+# What lowers the bound at equal time? The fixed shape (4 x 4 x 128, block 128, batch 32, 1,000
+# steps), one change at a time from the default, and the two Gaussian models by their stagger. 22
+# runs of five minutes on one CPU core each. bash experiments/equal.sh [data_dir]
+set -eu
+data=${1:-data}
+arm() {   # name, script, what is changed
+    out=out/equal/$1; script=$2; shift 2
+    grep -qs finished $out/status && return
+    python $script --dataset=shakespeare --data_dir="$data" --n_layer=4 --n_head=4 --n_embd=128 \
+        --max_iters=1000 --eval_interval=500 --out=$out "$@"
+}
+for seed in 1337 1 2; do
+    arm masked.$seed train.py --seed=$seed
+    arm ar.$seed train.py --objective=ar --seed=$seed
+done
+arm no-curriculum train.py --curriculum=0
+arm rate-6e-3 train.py --learning_rate=6e-3
+arm rate-15e-3 train.py --learning_rate=15e-3
+arm adamw train.py --optimizer=adamw
+arm decay-0.02 train.py --weight_decay=0.02
+arm decay-0.5 train.py --weight_decay=0.5
+arm ema-0.99 train.py --ema=0.99
+arm batch-16 train.py --batch_size=16 --max_iters=1600 --eval_interval=800
+arm square train.py --schedule=square
+arm wide train.py --n_layer=3 --n_head=6 --n_embd=192
+for stagger in 3 6 12; do
+    arm bits.$stagger analog_bits.py --prompts=0 --stagger=$stagger
+    arm embed.$stagger embed_diffusion.py --recipe=scaled --stagger=$stagger
+done
