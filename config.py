@@ -168,7 +168,7 @@ class Codes(Config):   # both below: Gaussian diffusion of tokens through a tabl
     self_cond: bool = True         # show the network its own earlier prediction
     output_prior: bool = True      # add to its logits log p(noisy code | character)
     feed_posterior: bool = True    # show the network those probabilities, too
-    stagger: float = 3.0           # 0: all equally noisy; more: one after another
+    stagger: float = 12.0          # 0: all equally noisy; more: one after another
     prompts: float = 0.25          # share of training windows with a clean part
     time: bool = False             # feed the network the noise level
 

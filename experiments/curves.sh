@@ -12,7 +12,7 @@ arm() {   # name, script, what is changed
 }
 arm AR train.py --objective=ar
 arm masked train.py
-arm embeddings embed_diffusion.py --recipe=scaled
+arm embeddings embed_diffusion.py --prompts=0
 arm bits analog_bits.py --prompts=0
 echo model,step,seconds,bound > out/curves/curves.csv
 for model in AR masked embeddings bits; do

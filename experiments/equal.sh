@@ -1,6 +1,6 @@
 #!/bin/bash
 # What lowers the bound at equal time? The fixed shape (4 x 4 x 128, block 128, batch 32, 1,000
-# steps), one change at a time from the default, and the two Gaussian models by their stagger. 22
+# steps), one change at a time from the default, and the two Gaussian models by their stagger. 24
 # runs of five minutes on one CPU core each. bash experiments/equal.sh [data_dir]
 set -eu
 data=${1:-data}
@@ -24,7 +24,7 @@ arm ema-0.99 train.py --ema=0.99
 arm batch-16 train.py --batch_size=16 --max_iters=1600 --eval_interval=800
 arm square train.py --schedule=square
 arm wide train.py --n_layer=3 --n_head=6 --n_embd=192
-for stagger in 3 6 12; do
+for stagger in 3 6 12 24; do
     arm bits.$stagger analog_bits.py --prompts=0 --stagger=$stagger
-    arm embed.$stagger embed_diffusion.py --recipe=scaled --stagger=$stagger
+    arm embed.$stagger embed_diffusion.py --prompts=0 --stagger=$stagger
 done

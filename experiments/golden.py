@@ -92,6 +92,8 @@ def train_case(name):
     tiny = TINY
     if script is train:
         tiny = TINY | {"curriculum": 0}
+    elif kind != "mnist":
+        tiny = TINY | {"stagger": 3.0}
     c = script.SETTINGS(**tiny | typed)
     train.reseed(c.seed)
     method = script.build(c, data.meta)

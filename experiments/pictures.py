@@ -207,8 +207,22 @@ def embedding_ladder():
     return bar_chart("From a baseline that fails to one that writes", names, 6, marks, rows)
 
 
+def bound_by_stagger():
+    def bound(first):
+        return numbers("equal", first, "bound, nats/char")[0]
+    masked = bound("masked, seed 1337")
+    lines = [(f"masked {masked:.2f}", "blue", [(3, masked), (24, masked)])]
+    for model, staggers in [("embeddings", (3, 12, 24)), ("bits", (3, 6, 12, 24))]:
+        points = [(n, bound(f"{model}, stagger {n}")) for n in staggers]
+        lines.append((f"{model} {points[-1][1]:.2f}", MODELS[model], points))
+    return line_chart("Noise that comes one character after another", "stagger",
+                      "nats a character: lower is better", [3, 6, 12, 24],
+                      [1.84, 1.88, 1.92, 1.96, 2, 2.04], lines, math.log)
+
+
 PICTURES = {"training": bound_over_training, "noise": loss_by_noise, "calls": quality_by_calls,
-            "likelihood": likelihood_by_calls, "ladder": embedding_ladder}
+            "likelihood": likelihood_by_calls, "ladder": embedding_ladder,
+            "stagger": bound_by_stagger}
 
 
 def main(argv):

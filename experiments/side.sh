@@ -17,7 +17,7 @@ for corpus in shakespeare warpeace; do
         arm ar train.py --objective=ar
         arm masked train.py
         arm bits analog_bits.py --prompts=0
-        arm embed embed_diffusion.py --recipe=scaled
+        arm embed embed_diffusion.py --prompts=0
     done
     evaluate() {
         model=; [ $corpus = warpeace ] && model=--eval_model=out/warpeace-ar
