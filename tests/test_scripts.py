@@ -111,18 +111,27 @@ def test_windows_cover_every_length_and_never_show_an_unwritten_context(L):
     assert all(0 < b - a <= 4 for a, b in zip(starts, starts[1:]))
 
 
-def test_a_text_of_many_windows_has_a_bar(monkeypatch):
+def test_a_text_that_is_written_has_a_bar_of_calls(monkeypatch):
     bars = []
 
-    def bar(windows, **how):
-        bars.append((len(windows), how["disable"]))
-        return windows
+    class Bar:
+        def __init__(self, **how):
+            bars.append([0, how["disable"], "open"])
 
-    monkeypatch.setattr(generate, "tqdm", bar)
+        def update(self):
+            bars[-1][0] += 1
+
+        def close(self):
+            bars[-1][2] = "closed"
+
+    monkeypatch.setattr(generate, "tqdm", Bar)
+    calls = []
     for L, s in [(8, Sample()), (80, Sample()), (80, Sample(watch=True))]:
         ids = torch.full((L,), 9)
-        list(write(Spy(), ids, ids < 9, 8, s))
-    assert bars == [(1, True), (19, None), (19, True)]     # None: in a terminal
+        calls.append(len(list(write(Spy(), ids, ids < 9, 8, s))))
+    # None: in a terminal
+    assert bars == [[n, off, "closed"] for n, off in zip(calls, (None, None, True), strict=True)]
+    assert calls[0] < calls[1] == calls[2]
 
 
 # -------------------------------------------------------------------------------------------------
