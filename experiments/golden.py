@@ -92,7 +92,7 @@ def train_case(name):
     tiny = TINY
     if script is train:
         tiny = TINY | {"curriculum": 0}
-    elif kind != "mnist":
+    elif kind == "bits":
         tiny = TINY | {"stagger": 3.0}
     c = script.SETTINGS(**tiny | typed)
     train.reseed(c.seed)

@@ -1,7 +1,7 @@
 """Does it help to train where the loss is large, or to learn which characters are masked first?
 Both lost when they were tried, with loss=elbo and 1,400 steps (docs/LOG.md): loss-aware 1.923 ±
 0.010 nats a character, learned 1.911 ± 0.005, neither 1.887 ± 0.009 (n = 3); learned with --time
-1.928 (n = 1). A run takes TIME.   settings: Schedules, below
+1.928 (n = 1). A run takes some five minutes on two CPU cores.   settings: Schedules, below
 
     python -m experiments.schedules --dataset=shakespeare --max_iters=1400
     python -m experiments.schedules --dataset=shakespeare --max_iters=1400 --schedule=learned
