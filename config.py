@@ -143,6 +143,7 @@ class Mnist(Config):   # mnist_ddpm.py: Gaussian diffusion of pixels
     time: bool = True              # feed the network the noise level
     max_iters: int = 40000 if GPU else 4000
     batch_size: int = 256 if GPU else 64
+    learning_rate: float = 6e-3
     n_layer: int = 6 if GPU else 4
     n_head: int = 6 if GPU else 4
     n_embd: int = 384 if GPU else 128
