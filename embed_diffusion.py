@@ -26,8 +26,7 @@ from gaussian import TokenDiffusion, alpha_sigma, q_sample, stratified_times, x0
 from generate import lay_out, open_model, parse_prompt, show_texts, unescape, write
 from model import Transformer
 from step import reseed
-from train import build as build_ar
-from train import fit_text
+from train import build as build_ar, fit_text
 
 SETTINGS = Embed
 SAMPLER = EmbedSampler
