@@ -7,8 +7,8 @@ data=${1:-data}
 arm() {   # name, what is changed
     name=$1; shift
     grep -qs finished out/ablation/$name/status && return
-    python train.py --dataset=shakespeare --data_dir="$data" --loss=elbo --max_iters=1400 \
-        --eval_interval=700 --out="out/ablation/$name" "$@"
+    python train.py --dataset=shakespeare --data_dir="$data" --loss=elbo --curriculum=0 \
+        --learning_rate=6e-3 --max_iters=1400 --eval_interval=700 --out="out/ablation/$name" "$@"
 }
 for seed in 1337 1 2; do
     arm baseline.$seed --seed=$seed
