@@ -46,9 +46,9 @@ def normalize_rows(x, mean_square):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), as torch.optim.Muon with
-    adjust_lr_fn="match_rms_adamw"; then its rows are made equally long in the mean over steps, of a
-    wide matrix its columns (NorMuon, arXiv 2510.05491). Matrices of one shape go in one batch, a
-    few kernels for all layers where torch has some twenty for each matrix."""
+    adjust_lr_fn="match_rms_adamw"; then its rows are made equally long in the mean over steps
+    (NorMuon, arXiv 2510.05491), here of a wide matrix its columns. Matrices of one shape go in one
+    batch, a few kernels for all layers where torch has some twenty for each matrix."""
     # GradScaler then calls step after an overflow, too, with found_inf 1, else 0
     _step_supports_amp_scaling = True
     found_inf = None
@@ -85,7 +85,7 @@ class Muon(torch.optim.Optimizer):
         dim = -1 if direction.size(1) >= direction.size(2) else -2
         square = direction.square().mean(dim, keepdim=True)
         for p, start in zip(params, torch.zeros_like(square), strict=True):
-            self.state[p].setdefault("mean_square", start)     # a run of before has none
+            self.state[p].setdefault("mean_square", start)     # an older run has none
         squares = [self.state[p]["mean_square"] for p in params]
         mean_square = torch.stack(squares).lerp(square, weight)
         direction = normalize_rows(direction, mean_square)

@@ -126,6 +126,8 @@ BAD = [   # script, arguments, what the one line says
     ("train --learning_rate=inf", "learning_rate=inf must be 0 or more"),
     ("train --seed=-1", "seed=-1 must be 0 or more"),
     ("train --batch_size=0", "batch_size=0 must be 1 or more"),
+    ("analog_bits sample --steps=0", "steps=0 must be 1 or more"),
+    ("generate --steps=-1", "steps=-1 must be 0 or more"),
     ("train --n_embd=15 --n_head=5", "n_embd/n_head is 3: it must be even"),
     ("train --n_embd=384 --n_head=5", "n_embd/n_head is 76.8: it must be even"),
     ("train --dropout=1", "dropout=1.0 must be less than 1"),
