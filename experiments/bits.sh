@@ -4,8 +4,11 @@
 # bash experiments/bits.sh [data_dir]
 set -eu
 data=${1:-data}
-small="--dataset=shakespeare --data_dir=$data --n_layer=4 --n_head=4 --n_embd=128 --max_iters=1000
-    --eval_interval=500"
+# the same on a GPU, which has other defaults
+shape="--block_size=128 --batch_size=32 --dropout=0"
+small="--dataset=shakespeare --data_dir=$data $shape --n_layer=4 --n_head=4 --n_embd=128
+    --max_iters=1000 --eval_interval=500"
+large="--dataset=warpeace --data_dir=$data $shape --n_head=5 --n_embd=160"
 arm() {   # name, what is changed
     name=$1; shift
     grep -qs finished out/bits-arms/$name/status && return
@@ -22,9 +25,8 @@ arm no-prior --output_prior=False
 arm no-hint --feed_posterior=False
 arm elbo --loss=elbo
 python train.py $small --objective=ar --out=out/bits-arms/ar
-python train.py --dataset=warpeace --data_dir="$data" --objective=ar --max_iters=4000 \
-    --out=out/warpeace-ar
-python analog_bits.py --dataset=warpeace --data_dir="$data" --block_size=64 --batch_size=64 \
+python train.py $large --objective=ar --max_iters=4000 --out=out/warpeace-ar
+python analog_bits.py $large --block_size=64 --batch_size=64 \
     --max_iters=6000 --eval_interval=1000 --out=out/bits
 table() {   # settings, with commas between values
     python -m experiments.samplers --out=out/bits --eval_model=out/warpeace-ar \

@@ -4,10 +4,12 @@
 # curves.md, which results/ keeps. bash experiments/curves.sh [data_dir]
 set -eu
 data=${1:-data}
+# the same on a GPU, which has other defaults
+shape="--block_size=128 --batch_size=32 --dropout=0 --n_layer=4 --n_head=4 --n_embd=128"
 arm() {   # name, script, what is changed
     out=out/curves/$1; script=$2; shift 2
     grep -qs finished $out/status && return
-    python $script --dataset=shakespeare --data_dir="$data" --n_layer=4 --n_head=4 --n_embd=128 \
+    python $script --dataset=shakespeare --data_dir="$data" $shape \
         --max_iters=1000 --eval_interval=200 --out=$out "$@"
 }
 arm AR train.py --objective=ar

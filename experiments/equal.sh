@@ -4,10 +4,12 @@
 # runs of five minutes on one CPU core each. bash experiments/equal.sh [data_dir]
 set -eu
 data=${1:-data}
+# the same on a GPU, which has other defaults
+shape="--block_size=128 --batch_size=32 --dropout=0 --n_layer=4 --n_head=4 --n_embd=128"
 arm() {   # name, script, what is changed
     out=out/equal/$1; script=$2; shift 2
     grep -qs finished $out/status && return
-    python $script --dataset=shakespeare --data_dir="$data" --n_layer=4 --n_head=4 --n_embd=128 \
+    python $script --dataset=shakespeare --data_dir="$data" $shape \
         --max_iters=1000 --eval_interval=500 --out=$out "$@"
 }
 for seed in 1337 1 2; do

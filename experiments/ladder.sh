@@ -4,11 +4,13 @@
 # hour for their bounds and samples, into out/ladder.md. bash experiments/ladder.sh [data_dir]
 set -eu
 data=${1:-data}
+# the same on a GPU, which has other defaults
+shape="--block_size=128 --batch_size=32 --dropout=0 --n_layer=4 --n_head=4 --n_embd=128"
 arm() {   # name, what is changed
     name=$1; shift
     grep -qs finished out/ladder/$name/status && return
-    python embed_diffusion.py --dataset=shakespeare --data_dir="$data" --n_layer=4 --n_head=4 \
-        --n_embd=128 --max_iters=1000 --eval_interval=500 --out="out/ladder/$name" "$@"
+    python embed_diffusion.py --dataset=shakespeare --data_dir="$data" $shape \
+        --max_iters=1000 --eval_interval=500 --out="out/ladder/$name" "$@"
 }
 for recipe in $(python -c "import embed_diffusion; print(*embed_diffusion.RECIPES)"); do
     arm $recipe --recipe=$recipe

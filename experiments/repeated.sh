@@ -5,11 +5,13 @@
 # bash experiments/repeated.sh [data_dir]; then python -m evaluation --n=0 --out=out/repeated/...
 set -eu
 data=${1:-data}
+# the same on a GPU, which has other defaults
+shape="--block_size=128 --batch_size=32 --dropout=0 --n_layer=4 --n_head=4 --n_embd=128"
 arm() {   # name, what is changed
     name=$1; shift
     grep -qs finished out/repeated/$name/status && return
-    python train.py --dataset=shakespeare --data_dir="$data" --train_size=100000 --n_layer=4 \
-        --n_head=4 --n_embd=128 --max_iters=4883 --eval_interval=122 --out="out/repeated/$name" "$@"
+    python train.py --dataset=shakespeare --data_dir="$data" --train_size=100000 $shape \
+        --max_iters=4883 --eval_interval=122 --out="out/repeated/$name" "$@"
 }
 for dropout in 0 0.2 0.4; do
     arm masked-$dropout --dropout=$dropout

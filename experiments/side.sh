@@ -4,13 +4,15 @@
 # Three hours on two CPU cores, into out/side/*.md. bash experiments/side.sh [data_dir]
 set -eu
 data=${1:-data}
+# the same on a GPU, which has other defaults
+shape="--block_size=128 --batch_size=32 --dropout=0 --n_layer=4 --n_head=4 --n_embd=128"
 [ -f out/warpeace-ar/best.pt ] || { echo "first: bash experiments/bits.sh"; exit 1; }
 exact="--order=random --temperature=1 --remask=0 --steps=128 --gaussian_steps=128"
 for corpus in shakespeare warpeace; do
     arm() {   # name, script, what is changed
         out=out/side/$corpus/$1.$seed; script=$2; shift 2
         grep -qs finished $out/status && return
-        python $script --dataset=$corpus --data_dir="$data" --n_layer=4 --n_head=4 --n_embd=128 \
+        python $script --dataset=$corpus --data_dir="$data" $shape \
             --max_iters=1000 --eval_interval=500 --seed=$seed --out=$out "$@"
     }
     for seed in 1337 1 2; do
