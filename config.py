@@ -228,7 +228,7 @@ class Sample(Writing):   # generate.py: how a masked model or the baseline write
     entropy_bound: float = 0.1     # counts=entropy: sum of entropies - the largest, in nats
     temperature: float = 0.9       # 0: the likeliest character
     top_k: int = 0                 # only the k likeliest; 0: all
-    remask: float = 0.01           # share of the revealed characters masked again after each call
+    remask: float = 0.01           # share of what is written that is masked again after a call
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Both are nn.Modules around a network net(x, t) -> logits (B, T, V), t = k / T the share masked:
 
     forward(x0)            training loss, nats per token
-    bound(x0, u, seeds)    one Monte Carlo sample per row of the bound on -log p(x0) / T, nats
-                           (B,), and its noise level (B,), which u (B,) in (0, 1] chooses
+    bound(x0, u, seeds)    for each row an estimate of the bound on -log p(x0) / T, in nats (B,), at
+                           the noise level that u (B,) in [0, 1] chooses, and that level (B,)
     sample(x, known, s)    yields (x, confidence) after every network call; s: config.Sample
 
 B batch, T positions, V vocabulary size; token V is MASK.
@@ -30,15 +30,15 @@ def mask_rate(schedule, t):
 
 
 class MaskedDiffusion(nn.Module):
-    """Each token becomes MASK with probability m(t). With CE(m) the mean cross-entropy of the
-    masked tokens at mask rate m,
+    """At time t each token is MASK with probability m(t). With CE(m) the expected cross-entropy of
+    a masked token at mask rate m,
 
         -log p(x0) <= T int_0^1 CE(m) dm = T mean_{k=1..T} E[mean CE over exactly k masked]
 
     (MDLM, MD4, RADD; ARDM). Here exactly k are masked. With loss=elbo the schedule changes only
     the variance, with loss=pooled also the weight of the mask rates. MASK is never predicted.
     """
-    eval_levels = 16         # mask rates per window when the whole split is evaluated
+    eval_levels = 16         # mask rates per window in the last evaluation of a run
     early_stopping = True    # best.pt has the lowest bound, not the last step
     noise_name = "share masked"
 
@@ -49,7 +49,7 @@ class MaskedDiffusion(nn.Module):
         self.schedule = schedule
         self.loss = loss
         self.curriculum = curriculum
-        self.progress = nn.Buffer(torch.zeros(()), persistent=False)   # TrainingStep sets it
+        self.share_done = nn.Buffer(torch.zeros(()), persistent=False)   # set by TrainingStep
 
     def masked_ce(self, x0, k, rand):
         """Cross-entropy (B, T) where the k (B,) smallest of rand (B, T) are masked, else 0."""
@@ -75,7 +75,7 @@ class MaskedDiffusion(nn.Module):
         their limit grows to 1."""
         rate, weight = self.sample_mask_rates(B, device)
         if self.curriculum:
-            rate = rate * (0.2 + 0.8 * self.progress / self.curriculum).clamp(max=1)
+            rate = rate * (0.2 + 0.8 * self.share_done / self.curriculum).clamp(max=1)
         return rate, weight, torch.rand(B, T, device=device)
 
     def forward(self, x0):
@@ -90,7 +90,7 @@ class MaskedDiffusion(nn.Module):
         return ce.sum() / k.sum()
 
     def bound(self, x0, u, seeds):
-        """At mask rate u (B,) in (0, 1] -> nats per token (B,), k/T (B,).
+        """At mask rate u (B,) in [0, 1] -> nats per token (B,), k/T (B,).
         Row i is masked by seeds[i], whatever batch it is in."""
         T = x0.size(1)
         k = num_masked(u, T)
@@ -132,7 +132,8 @@ class MaskedDiffusion(nn.Module):
     @torch.no_grad()
     def sample(self, x, known, s, locked=None):
         """Fill the positions of x (B, T) that are not known (B, T), in at most s.steps calls; 0
-        means two for each unknown position. Positions that are locked (B, T) stay MASK.
+        means two for each unknown position. Positions that are locked (B, T), behind the end of a
+        text, stay MASK. With remask all calls are made: where no MASK is left, one is made.
         confidence (B, T): the probability of each token when revealed, after temperature and top_k.
 
         Exact samples of the model: order=random, counts=even, temperature=1, top_k=0, remask=0 and
@@ -158,10 +159,10 @@ class MaskedDiffusion(nn.Module):
 
     @torch.no_grad()
     def sampler_nll(self, x0, known, s):
-        """Nats (B,) float64: -log of the probability that sample(x0, known, s) writes x0, where all
-        that is not known (B, T) counts. x0 is put through the sampler, and each call pays for what
-        it reveals (DUEL). Exact, for the order depends on predictions alone; with order=random that
-        of one order, whose mean is a bound."""
+        """Nats (B,) float64: -log of the probability that sample writes the part of x0 that is not
+        known (B, T). x0 is put through the sampler, each call pays for what it reveals (DUEL).
+        Exact, for the order depends on predictions alone; with order=random it is that of the one
+        order that is drawn, and the mean over orders is an upper bound."""
         if s.remask:
             raise SystemExit("a sampler with remask > 0 has no likelihood: pass --remask=0")
         x = torch.where(known, x0, self.mask_id)
@@ -178,9 +179,9 @@ class MaskedDiffusion(nn.Module):
         return nats
 
     def least_confident(self, x, confidence, fixed, share):
-        """ReMDM: which tokens to mask again (B, T), none of them fixed: a share of those revealed,
-        or one if none is masked, the least probable when revealed. What the network now says of
-        them is no guide: it is trained at masked positions only."""
+        """ReMDM: which tokens to mask again (B, T), none of them fixed: a share, rounded down, of
+        all that are written, the least probable when they were drawn; if no MASK is left, at least
+        one. What the network now says of them is no guide: it is trained on MASKs alone."""
         revealed = (x != self.mask_id) & ~fixed
         at_least = (revealed | fixed).all(1).long()
         n = torch.maximum((share * revealed.sum(1)).long(), at_least)  # (B,)
@@ -216,8 +217,8 @@ class Autoregressive(nn.Module):
 
     @torch.no_grad()
     def sample(self, x, known, s, locked=None):
-        """Write x (B, T) from left to right; what is known (B, T) is kept, and when only locked
-        positions (B, T) follow, it ends."""
+        """Write x (B, T) from left to right. What is known (B, T) is kept; where only known or
+        locked positions (B, T) follow, it ends."""
         B, T = x.shape
         fixed = known
         if locked is not None:

@@ -117,8 +117,8 @@ class NeighbourConv(nn.Module):
 
 
 class Block(nn.Module):
-    """x + (1 + gate) f(conv((1 + scale) norm(x) + bias)), with f attention and then the MLP.
-    mod: scale, bias and gate of the one, then of the other; zeros without a noise level."""
+    """x + (1 + gate) f(conv((1 + scale) norm(x) + shift)), with f attention and then the MLP.
+    mod: scale, shift and gate of the one, then of the other; zeros without a noise level."""
 
     def __init__(self, c, causal, use_positions):
         super().__init__()
@@ -130,14 +130,14 @@ class Block(nn.Module):
             self.mlp_conv = NeighbourConv(c, causal)
 
     def forward(self, x, rope, mod, cache=None):
-        scale, bias, gate = mod[:3]
-        h = (1 + scale) * norm(x) + bias
+        scale, shift, gate = mod[:3]
+        h = (1 + scale) * norm(x) + shift
         if self.use_positions:
             h = self.attn_conv(h, cache, "attn_conv")
         x = x + (1 + gate) * self.attn(h, rope, cache)
 
-        scale, bias, gate = mod[3:]
-        h = (1 + scale) * norm(x) + bias
+        scale, shift, gate = mod[3:]
+        h = (1 + scale) * norm(x) + shift
         if self.use_positions:
             h = self.mlp_conv(h, cache, "mlp_conv")
         return x + (1 + gate) * self.mlp(h)

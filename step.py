@@ -46,9 +46,9 @@ def normalize_rows(x, mean_square):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), as torch.optim.Muon with
-    adjust_lr_fn="match_rms_adamw"; then its rows are made equally long in the mean over steps
-    (NorMuon, arXiv 2510.05491), here of a wide matrix its columns. Matrices of one shape go in one
-    batch, a few kernels for all layers where torch has some twenty for each matrix."""
+    adjust_lr_fn="match_rms_adamw"; then its rows, here of a wide matrix its columns, are divided by
+    their root mean square over the steps (NorMuon, arXiv 2510.05491). Matrices of one shape go in
+    one batch, a few kernels for all layers where torch has some twenty for each matrix."""
     # GradScaler then calls step after an overflow, too, with found_inf 1, else 0
     _step_supports_amp_scaling = True
     found_inf = None
@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         average = torch.stack(buffers)                                 # (n, A, B)
         grad = torch.stack([p.grad for p in params])
-        weight = 0.05
+        weight = 0.05                          # of this step in mean_square
         if self.found_inf is not None:
             # a gradient that equals the average leaves it as it is; a product would keep the NaN
             grad = torch.where(self.found_inf > 0, average, grad)
@@ -85,14 +85,15 @@ class Muon(torch.optim.Optimizer):
         dim = -1 if direction.size(1) >= direction.size(2) else -2
         square = direction.square().mean(dim, keepdim=True)
         for p, start in zip(params, torch.zeros_like(square), strict=True):
-            self.state[p].setdefault("mean_square", start)     # an older run has none
+            self.state[p].setdefault("mean_square", start)     # in the first step
         squares = [self.state[p]["mean_square"] for p in params]
         mean_square = torch.stack(squares).lerp(square, weight)
         direction = normalize_rows(direction, mean_square)
 
-        rms = 0.2 * math.sqrt(max(direction.shape[1:]))                # that of AdamW's updates
+        # updates then have a root mean square of 0.2, as AdamW's
+        scale = 0.2 * math.sqrt(max(direction.shape[1:]))
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_sub_(params, list((rms * lr * direction).unbind()))
+        torch._foreach_sub_(params, list((scale * lr * direction).unbind()))
         torch._foreach_copy_(buffers + squares, [*average, *mean_square])
 
 
@@ -128,7 +129,7 @@ class TrainingStep:
         self.opts = build_optimizers(method, c, self.lr)
         self.scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
         # what share of the run is done, for a method that has such a buffer
-        self.progress = [b for name, b in method.named_buffers() if name == "progress"]
+        self.share_done = [b for name, b in method.named_buffers() if name == "share_done"]
         self.run = call
         self.to_record = False
 
@@ -137,8 +138,8 @@ class TrainingStep:
         several processes a tensor, not 0 if one of them is to."""
         c = self.c
         self.lr.fill_(get_lr(step, c))
-        for progress in self.progress:
-            progress.fill_(step / c.max_iters)
+        for share_done in self.share_done:
+            share_done.fill_(step / c.max_iters)
         # a smaller decay in the first steps
         self.ema_weight.fill_(1 - min(c.ema, (1 + step) / (10 + step)))
         self.loss.zero_()
@@ -160,14 +161,14 @@ class TrainingStep:
 
     def update(self):
         """Clip the gradients, update the weights, then their average."""
-        # clip; in fp16 one overflow makes the norm NaN, and so every gradient
+        # clip; in fp16 one overflow makes the norm NaN and so every gradient, and both optimizers,
+        # each of which looks at its own gradients, skip the step
         params = list(self.method.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in params])
         norm = torch.where(norm.isfinite(), norm, math.nan)
         norm = norm / self.scaler.scale(torch.ones_like(norm))
         nn.utils.clip_grads_with_norm_(params, self.c.grad_clip or math.inf, norm)
 
-        # so both optimizers find it, and skip the step
         for opt in self.opts:
             self.scaler.unscale_(opt)
             self.scaler.step(opt)

@@ -45,11 +45,11 @@ def build(c, meta):
 
 @torch.no_grad()
 def estimate(method, x, levels, batch_size=128, seed=0, every=1):
-    """Estimates of the bound on every every-th of the windows x (W, T), each at `levels` stratified
-    noise levels, with the same noise for any text.
+    """Estimates of the bound on windows 0, every, 2 every, ... of x (W, T), each at `levels`
+    stratified noise levels, with the same noise for any text of W windows.
     -> nats per character, noise level: each (W / every, levels) float64"""
     # window w is evaluated at u = (i + place[w]) / levels, i = 0 .. levels - 1; the places of all
-    # windows are stratified too, one in each W-th of (0, 1]
+    # windows are stratified too, one in each W-th of [0, 1]
     W = len(x)
     g = torch.Generator().manual_seed(seed)
     place = (torch.randperm(W, generator=g) + torch.rand(W, generator=g)) / W
@@ -95,9 +95,9 @@ def cross_entropy(method, nats, noise_level):
 
 
 def block_stderr(windows):
-    """Error of the mean of windows (W,) of a text: half of the half-width of Student's 95%
-    interval, as if quarters of the text were independent, for neighbours are alike and plays
-    differ. Simulated, mean ± 2 errors covers 0.91 (docs/LOG.md)."""
+    """Error of the mean of windows (W,) of a text, by its quarters, for neighbouring windows are
+    alike and plays differ: mean ± 2 errors is Student's 95% interval, as if quarters were
+    independent. Simulated, it covers 0.91 (docs/LOG.md)."""
     n_blocks = min(4, len(windows))
     means = torch.stack([block.mean() for block in windows.tensor_split(n_blocks)])
     t = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182}[n_blocks]         # 97.5%, n_blocks - 1 degrees
@@ -283,7 +283,8 @@ def training_windows(data, n):
 
 def eval_subset(val, c, method):
     """Evenly spaced windows of val and levels: a tenth of the rows that one process trained on
-    since the last evaluation, for a twentieth of the time, as there is no backward pass."""
+    since the last evaluation. With half as many of the training text, and without a backward
+    pass, that is a twentieth of the time."""
     levels = min(4, method.eval_levels)
     passes = c.eval_interval * c.batch_size * c.grad_accum // WORLD_SIZE // 10
     return spaced_rows(val, max(2, passes // levels)), levels

@@ -160,7 +160,7 @@ def test_a_curriculum_limits_the_mask_rates_for_its_share_of_the_run():
     m = MaskedDiffusion(None, 3, curriculum=0.5)
     plain = MaskedDiffusion(None, 3)
     for progress, most in ((0, 0.2), (0.25, 0.6), (0.5, 1), (0.9, 1)):
-        m.progress.fill_(progress)
+        m.share_done.fill_(progress)
         draws = []
         for method in (m, plain):
             torch.manual_seed(0)

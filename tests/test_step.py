@@ -138,7 +138,7 @@ def test_a_step_tells_the_method_what_share_of_the_run_is_done():
     train_step = training_step(method, data, replace(c, max_iters=8))
     for i in (0, 2, 7):
         train_step(i)
-        assert method.progress == i / 8
+        assert method.share_done == i / 8
 
 
 def test_a_resumed_optimizer_keeps_its_own_settings():
