@@ -4,7 +4,7 @@ settings: config.Mnist, config.ImageSampler. Read with it: GaussianDiffusion in 
 
     python mnist_ddpm.py                          # MNIST, or digits drawn by this program
     python mnist_ddpm.py --recipe=ddpm            # the paper: predict eps, linear schedule
-    python mnist_ddpm.py sample --n=64            # out/mnist/samples.png
+    python mnist_ddpm.py sample --n=64            # replaces samples.png of the run, else of out/
     python mnist_ddpm.py sample --digit=7 --guidance=2 --steps=50 --sampler=ddim
     python mnist_ddpm.py sample --trace           # also a strip from noise to digit
 """
@@ -50,7 +50,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """The transformer for images: it reads and writes patches; outside are pixels, row by row."""
+    """The transformer for images: pixels in and out, row by row; inside, a position is a patch."""
 
     def __init__(self, c, n_out):
         super().__init__()
@@ -100,8 +100,7 @@ def build(c, meta):
     grey_levels = torch.linspace(-1, 1, 256, dtype=torch.float64)[:, None]
     if c.predict == "levels":
         return LevelDiffusion(PatchTransformer(c, 256), grey_levels, c.schedule, c.loss)
-    net = PatchTransformer(c, 1)
-    return PixelDiffusion(net, grey_levels, c.predict, c.schedule, c.loss)
+    return PixelDiffusion(PatchTransformer(c, 1), grey_levels, c.predict, c.schedule, c.loss)
 
 
 def sample_images(method, labels, s, batch_index=0):
@@ -109,13 +108,10 @@ def sample_images(method, labels, s, batch_index=0):
     s.guidance: classifier-free (Ho & Salimans 2022), 0 without labels, 1 with, more exaggerates."""
     reseed(s.seed, batch_index)
     noise = torch.randn(len(labels), N_PIXELS, 1).to(DEVICE)
-    labels = labels.to(DEVICE)
+    asked = labels.to(DEVICE) if s.guidance else None
 
     def predict_guided(z, gamma):
-        if s.guidance == 0:
-            xhat = method.predict_x0(z, gamma)
-        else:
-            xhat = method.predict_x0(z, gamma, labels)
+        xhat = method.predict_x0(z, gamma, asked)
         if s.guidance not in (0, 1):
             without = method.predict_x0(z, gamma)
             xhat = without + s.guidance * (xhat - without)
@@ -141,7 +137,7 @@ def sample_batches(method, labels, s, batch_size=250):
 def sample(argv):
     s = ImageSampler(**parse(argv, ImageSampler))
     path = find_checkpoint(s.out, "mnist")
-    method, c, meta = load(path, Mnist, build, ["mnist"])
+    method, _, meta = load(path, Mnist, build, ["mnist"])
     labels = torch.arange(s.n) % N_CLASSES
     if s.digit >= 0:
         labels = torch.full((s.n,), s.digit)
@@ -320,8 +316,14 @@ def png(image):
 def add_below(path, image):
     """Add an image (height, width) in [-1, 1] below the picture at path, which png made, if any."""
     if path.exists():
-        body = path.read_bytes()[41:-16]            # between header and checksum
-        rows = np.frombuffer(zlib.decompress(body), np.uint8).reshape(-1, image.shape[1] + 1)
+        # behind signature, IHDR and IDAT's name; before its CRC and IEND
+        body = path.read_bytes()[41:-16]
+        try:
+            rows = np.frombuffer(zlib.decompress(body), np.uint8).reshape(-1, image.shape[1] + 1)
+            if rows[:, 0].any():
+                raise ValueError("filters, which png does not use")
+        except (ValueError, zlib.error):
+            raise OSError(f"{path} was changed or cut; it stays as it is") from None
         above = torch.from_numpy(rows[:, 1:] / np.float32(127.5) - 1)
         image = torch.cat([above, image])
     part = path.with_suffix(".part")

@@ -10,6 +10,7 @@ import torch
 
 import generate
 import mnist_ddpm
+from checkpoint import try_to_write
 from config import MNIST_RECIPES, ImageSampler, Mnist
 from mnist_ddpm import build, grid, noise_to_digit, png, sample_images, to_bytes
 
@@ -47,6 +48,24 @@ def test_a_png_holds_its_pixels():
     x = torch.randint(256, (5, 7))
     assert torch.equal(read_png(png(x / 127.5 - 1)), x)
     assert to_bytes(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+WIDE = png(torch.zeros(28, 280))
+FILTERED = zlib.compress(b"\1" + 280 * b"\0")
+NOT_OURS = {"empty": b"", "text": b"not a picture" * 9, "cut": WIDE[:-20],
+            "narrower": png(torch.zeros(28, 140)),
+            "filtered": WIDE[:33] + mnist_ddpm.png_chunk(b"IDAT", FILTERED) + WIDE[-12:]}
+
+
+@pytest.mark.parametrize("raw", NOT_OURS.values(), ids=NOT_OURS)
+def test_a_progress_png_of_another_tool_stays_and_training_goes_on(raw, tmp_path, capsys):
+    path = tmp_path / "progress.png"
+    path.write_bytes(raw)
+    try_to_write(mnist_ddpm.add_below, path, torch.zeros(28, 280))
+    line, = capsys.readouterr().out.splitlines()
+    assert line == ("training goes on, but something was not written: "
+                    f"{path} was changed or cut; it stays as it is")
+    assert path.read_bytes() == raw and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_grid_is_filled_row_by_row():
@@ -158,6 +177,10 @@ def test_train_sample_resume_and_the_wrong_script(tmp_path, monkeypatch, capsys)
         progress = read_png((tmp_path / "mnist/progress.png").read_bytes())
         assert torch.equal(progress, torch.cat(rows)) and len(progress) == 28 * n
     assert not torch.equal(*rows)
+    (tmp_path / "mnist/progress.png").write_bytes(b"another")
+    mnist_ddpm.main(["--resume", "--max_iters=7", out])
+    assert f"{tmp_path}/mnist/progress.png was changed or cut; it stays" in capsys.readouterr().out
+    assert (tmp_path / "mnist/progress.png").read_bytes() == b"another"
     mnist_ddpm.main(["sample", out, "--n=6", "--digit=7", "--guidance=2", "--steps=4", "--trace",
                      f"--png={tmp_path}/a.png"])
     assert "6 digits, 4 ddim steps, guidance 2\n" in capsys.readouterr().out
