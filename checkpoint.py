@@ -3,9 +3,9 @@
     ckpt.pt    all that resuming needs
     best.pt    the EMA weights with the lowest bound, for everybody else
     log.csv    a line per evaluation
-    status     the token of the process that trains here, or "finished"
+    status     a secret of the process that trains here, or "finished"
     samples.txt    what it wrote at each evaluation; of digits progress.png, a row at each, and
-                   samples.png, the last hundred
+                   samples.png, the last that were drawn
 
 A checkpoint is a dict of tensors and plain Python: method, script, config, alphabet, data, step,
 ema; ckpt.pt has more.
@@ -40,17 +40,17 @@ class RunFolder:
 
     def __init__(self, c, meta, resumed):
         self.meta = {**meta, "config": {**asdict(c), "out": "", "resume": False}}
-        self.token = secrets.token_hex(8)
+        self.secret = secrets.token_hex(8)
         self.path = Path(c.out)
         if RANK == 0 and not resumed:
             self.path = claim_folder(c.out, meta["method"])
-            self.write_status(self.token)
+            self.write_status(self.secret)
 
     def write_status(self, status):
         self.path.mkdir(parents=True, exist_ok=True)
-        part = self.path / "status.part"
-        part.write_text(status)
-        os.replace(part, self.path / "status")
+        temporary = self.path / "status.part"
+        temporary.write_text(status)
+        os.replace(temporary, self.path / "status")
 
     def restore(self, parts, state):
         """Load a checkpoint into the parts of a run, {name: module, optimizer or scaler}."""
@@ -64,21 +64,21 @@ class RunFolder:
             elif state[name]:                              # the scaler of a CPU has no state
                 part.load_state_dict(state[name])
         if RANK == 0:                                      # from now on the folder is ours
-            self.write_status(self.token)
+            self.write_status(self.secret)
 
     def save(self, name, state):
         """Write to a temporary file, then rename: a checkpoint is complete or not there."""
         path = self.path / name
-        part = path.with_suffix(".part")
+        temporary = path.with_suffix(".part")
         try:
             if not (self.path / "status").exists():        # renamed or removed: made again
-                self.write_status(self.token)
+                self.write_status(self.secret)
             owner = (self.path / "status").read_text()
-            check(owner == self.token, f"another process trains in {self.path}, so this one ends")
-            torch.save({**self.meta, **state}, part)
-            os.replace(part, path)
+            check(owner == self.secret, f"another process trains in {self.path}, so this one ends")
+            torch.save({**self.meta, **state}, temporary)
+            os.replace(temporary, path)
         except (OSError, RuntimeError) as error:           # RuntimeError: torch's full disk
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise SystemExit(f"cannot write {path}, what was saved is complete: "
                              f"{first_line(error)}") from None
 
@@ -128,7 +128,7 @@ def is_finished(folder):
 
 
 def find_checkpoint(typed, name):
-    """The checkpoint to sample from: typed, of the newest finished run, or the one in results/."""
+    """The checkpoint to sample from: typed, or of the newest finished run, or that in results/."""
     if typed:
         return Path(typed)
     found = newest_first(name, "best.pt")
@@ -160,7 +160,8 @@ def read_checkpoint(path, settings, methods):
     check(names >= set(state["config"]), f"{path} was made by another version")
     missing = ", ".join(sorted(names - set(state["config"])))
     if missing:
-        print(f"{path} is older than {missing}: the default is taken", file=sys.stderr)
+        print(f"{path} was made before these settings existed: {missing}; their defaults are taken",
+              file=sys.stderr)
     return state
 
 

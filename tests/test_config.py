@@ -227,7 +227,8 @@ def test_a_setting_that_a_checkpoint_lacks_takes_its_default_and_a_line_says_so(
     _, c, _ = generate.load(files / "old.pt", Masked, train.build, ["masked"])
     assert c.train_size == Masked.train_size
     line, = capsys.readouterr().err.splitlines()           # stdout is for texts
-    assert line == f"{files}/old.pt is older than train_size: the default is taken"
+    assert line == (f"{files}/old.pt was made before these settings existed: train_size; their "
+                    "defaults are taken")
 
 
 # -------------------------------------------------------------------------------------------------
