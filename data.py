@@ -38,7 +38,7 @@ CORPORA = {   # name: (file, addresses, its sha256 or else its size in bytes)
         "enwik8", [f"https://{MAHONEY}/enwik8.zip", f"http://{MAHONEY}/enwik8.zip"], 100_000_000),
 }
 
-PIECE = 2 ** 22      # characters of a large text that are read, encoded, ... at a time
+CHUNK = 2 ** 22      # characters of a large text that are read, encoded, ... at a time
 ON_DEVICE = 2 ** 31  # bytes of a training text that go to the device; more stay where they are
 
 
@@ -65,12 +65,12 @@ class CharTokenizer:
         if self.is_bytes:
             text = as_bytes(text)
         ids = np.empty(len(text), self.ids.dtype)
-        for start, piece in pieces(text):
-            found = self.ids[code_points(piece)]
-            ids[start:start + len(piece)] = found
+        for start, chunk in chunks(text):
+            found = self.ids[code_points(chunk)]
+            ids[start:start + len(chunk)] = found
             unknown = found == len(self)
             if unknown.any():
-                char = piece[unknown.argmax()]
+                char = chunk[unknown.argmax()]
                 more = "..." if len(self) > 80 else ""
                 raise SystemExit(f"the model has never seen {char!r} (U+{ord(char):04X}), "
                                  f"only {self.chars[:80]!r}{more}")
@@ -158,10 +158,10 @@ def as_bytes(text):
     return text.encode("utf-8", "surrogateescape").decode("latin-1")
 
 
-def pieces(text):
-    """(start, piece) of a text, or of ids, so that a large one is not copied at once."""
-    for start in range(0, len(text), PIECE):
-        yield start, text[start:start + PIECE]
+def chunks(text):
+    """(start, chunk) of a text, or of ids, so that a large one is not copied at once."""
+    for start in range(0, len(text), CHUNK):
+        yield start, text[start:start + CHUNK]
 
 
 def code_points(text):
@@ -171,15 +171,15 @@ def code_points(text):
 def alphabet(text):
     """The different characters of a text, in the order of their code points."""
     seen = np.zeros(0x110000, bool)
-    for _, piece in pieces(text):
-        seen[code_points(piece)] = True
+    for _, chunk in chunks(text):
+        seen[code_points(chunk)] = True
     return "".join(map(chr, seen.nonzero()[0]))
 
 
 def sha256_of(text):
     digest = hashlib.sha256()
-    for _, piece in pieces(text):
-        digest.update(piece.encode("utf-8", "surrogateescape"))
+    for _, chunk in chunks(text):
+        digest.update(chunk.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -193,12 +193,10 @@ class Text:
 
         # the last tenth is held out, of text8 and enwik8 the first half of it, as is usual
         n = int(0.9 * len(ids))
-        train = ids[:n]
+        train = ids[:n][:c.train_size or None]
         val = ids[n:]
         if self.name in ("text8", "enwik8"):
             val = val[:-5_000_000]
-        if c.train_size:
-            train = train[:c.train_size]
         self.T = c.block_size
         check(len(train) >= self.T and len(val) >= 2 * self.T,
               f"{self.name} has {len(train):,} {self.tokenizer.things} to train on, {len(val):,} "
@@ -254,10 +252,10 @@ def load_tokens(c, is_bytes):
           f"{path} is no one-dimensional array of uint16 or int32")
 
     digest = hashlib.sha256(json.dumps(strings).encode())
-    for _, piece in tqdm(pieces(ids), f"checking {path.name}", leave=False, disable=None):
-        check(piece.min() >= 0 and piece.max() < V,
-              f"{path} has ids from {piece.min()} to {piece.max()}, {vocab} {V:,} strings")
-        digest.update(piece.astype("<i4"))
+    for _, chunk in tqdm(chunks(ids), f"checking {path.name}", leave=False, disable=None):
+        check(chunk.min() >= 0 and chunk.max() < V,
+              f"{path} has ids from {chunk.min()} to {chunk.max()}, {vocab} {V:,} strings")
+        digest.update(chunk.astype("<i4"))
     if ids.dtype == np.uint16:                 # torch can do little with it; an id is < 30,000
         ids = ids.view(np.int16)
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")

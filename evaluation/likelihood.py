@@ -16,7 +16,7 @@ from torch import nn
 import train
 from checkpoint import load
 from config import GPU, HERE, Masked, Mnist, Sample, Settings, check
-from data import PIECE, Text
+from data import CHUNK, Text
 from diffusion import MaskedDiffusion
 from evaluation.report import Table
 from gaussian import TokenDiffusion, position_times, q_sample
@@ -180,8 +180,8 @@ def unigram_of(data):
     """The frequencies (V,) of the characters of the training text, with one added to each count."""
     V = len(data.tokenizer)
     counts = torch.ones(V, dtype=torch.float64, device=data.train.device)
-    for piece in data.train.split(PIECE):        # tokens may be more than memory holds
-        counts += torch.bincount(piece.long(), minlength=V)
+    for chunk in data.train.split(CHUNK):        # tokens may be more than memory holds
+        counts += torch.bincount(chunk.long(), minlength=V)
     return counts.to(data.val.device) / counts.sum().item()
 
 

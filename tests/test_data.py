@@ -347,10 +347,10 @@ def test_digits_are_labelled_varied_and_always_the_same():
     assert (draw_digits(300, 50, seed=1)[0] != draw_digits(300, 50)[0]).any()
 
 
-def test_a_large_text_in_pieces_is_the_text(monkeypatch, tmp_path):
+def test_a_large_text_in_chunks_is_the_text(monkeypatch, tmp_path):
     """Encoded, hashed and searched three characters at a time; a byte that is no UTF-8 is named
     wherever it stands."""
-    monkeypatch.setattr(data, "PIECE", 3)
+    monkeypatch.setattr(data, "CHUNK", 3)
     text = "abcdefg ïπ…🙂\nxyz"                # no character twice, so that none can be missed
     chars = "".join(sorted(text))
     assert data.alphabet(text) == chars

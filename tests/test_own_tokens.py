@@ -131,8 +131,8 @@ def test_a_large_file_stays_on_the_disk(tmp_path, monkeypatch):
     assert not d.batch(3).any() and not unigram_of(d)[1] > 1e-6
 
 
-def test_ids_are_checked_to_the_last_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 999)
+def test_ids_are_checked_to_the_last_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 999)
     path = write_tokens(tmp_path, [0] * (N - 1) + [11])
     with pytest.raises(SystemExit, match="has ids from 0 to 11, .*vocab.json 11 strings"):
         Text(Masked(dataset=str(path)))
