@@ -1,12 +1,12 @@
 """Gaussian diffusion of numbers, and of tokens through a table of codes.
 
 Both are nn.Modules around a network, with the interface of diffusion.py: forward(x0), bound(x0, u,
-seeds) and sample(...), which yields after every step, of numbers (z, xhat), from noise z.
+seeds) and sample(x, known, s). But GaussianDiffusion.sample takes noise z and yields (z, xhat).
 
 x0 (B, T) are tokens 0..V-1: characters, or grey levels of pixels. Their codes x (B, T, K) are rows
 of a table (V, K). The forward process is z = alpha x + sigma eps, with gamma = -log SNR, so that
 alpha^2 = sigmoid(-gamma), DDPM's alpha-bar, and sigma^2 = sigmoid(gamma). z_0 is z at gamma_min,
-z_1 at gamma_max. With xhat(z, gamma) predicting x (VDM),
+z_1 at gamma_max. With xhat(z, gamma) predicting x (VDM; predict=x0 and predict_x0 mean x, too),
 
     -log p(x0) <= KL(q(z_1 | x) || N(0, I)) + E[-log p(x0 | z_0)]
                   + 1/2 int_{gamma_min}^{gamma_max} e^-gamma E|x - xhat|^2 dgamma
@@ -62,7 +62,7 @@ def reverse_step(z, xhat, gamma, gamma_next, sampler):
 
 
 def x0_from_output(predict, out, z, gamma):
-    """xhat from what the network predicts: x (called x0), eps, or v = alpha eps - sigma x."""
+    """xhat from what the network predicts: x (the setting x0), eps, or v = alpha eps - sigma x."""
     alpha, sigma = alpha_sigma(gamma)
     if predict == "x0":
         return out
@@ -89,10 +89,10 @@ def loss_weight(loss, predict, gamma, slope):
 
 
 class GaussianDiffusion(nn.Module):
-    """Of numbers: the network predicts x0, eps or v, (B, T, K), as net(z, level) or net(z, level,
-    cond). The noise level is gamma on a scale from 0, gamma_min and clean, to 1, noise."""
+    """Of numbers: the network predicts x, eps or v, (B, T, K), as net(z, level) or net(z, level,
+    cond). level is gamma moved to [0, 1]: 0 at gamma_min, clean; 1 at gamma_max, noise."""
     eval_levels = 8           # noise levels per example when the whole split is evaluated
-    early_stopping = False    # the bound is decided by noise that is too fine to see
+    early_stopping = False    # the bound is decided at the clean end, where no picture changes
     noise_name = "noise level"
     stagger = 0.0             # TokenDiffusion sets it
 
@@ -182,8 +182,8 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def sample(self, z, s, predict_x0=None):
         """From noise z (B, T, K) to numbers in s.steps steps; yields (z, xhat) after each, at last
-        (xhat, xhat). predict_x0(z, gamma) is called instead of the method of that name, to guide.
-        s.td: a step ends so many steps past the time the next call is told (Chen et al. 2022)."""
+        (xhat, xhat). predict_x0(z, gamma), to guide, replaces the method. s.td (Chen et al. 2022):
+        step i ends at time (i - 1 - td) / steps, but the next call is told (i - 1) / steps."""
         predict_x0 = predict_x0 or self.predict_x0
         z = z.double()
         for i in range(s.steps, 0, -1):
@@ -231,10 +231,9 @@ class TokenDiffusion(GaussianDiffusion):
         inputs = [z]
         if self.feed_posterior:
             inputs.append(log_lik.softmax(-1))
-        if self.self_cond and x_prev is None:
-            x_prev = torch.zeros_like(z)
         if self.self_cond:
-            inputs.append(x_prev)
+            shown = torch.zeros_like(z) if x_prev is None else x_prev
+            inputs.append(shown)
         logits = self.call_net(torch.cat(inputs, -1), gamma, cond)
         if self.output_prior:
             logits = logits + (log_lik - log_lik.detach().amax(-1, keepdim=True)).float()
@@ -257,7 +256,7 @@ class TokenDiffusion(GaussianDiffusion):
 
     def forward(self, x0, cond=None):
         """ce: mean cross-entropy of the tokens that are not clean; no bound, but networks trained
-        on it have the lower one (LOG.md). elbo: the integral of the bound, nats per token."""
+        on it reach a lower bound (LOG.md). elbo: the integral of the bound, nats per token."""
         B, T = x0.shape
         K = self.table.size(1)
         known, rand, t, eps, parity = draw_for_tokens(B, T, K, self.prompts, x0.device)
@@ -302,12 +301,12 @@ class TokenDiffusion(GaussianDiffusion):
 
     @torch.no_grad()
     def sample(self, x, known, s, locked=None, predict_tokens=None):
-        """Write the positions of x (B, T) where known (B, T) is False; yields (x, age) after each
-        of s.steps steps. age (B, T): the share of the steps since a token last changed, 1 if known.
-        Positions that are locked (B, T) stay noise, if the network is used to that, by stagger.
-        predict_tokens is called instead of the method of that name, to steer. The network is shown
-        the xhat of the step before, or with s.two_pass that of a first pass at the same z. s.td: as
-        of numbers."""
+        """Write the positions of x (B, T) where known (B, T) is False; yields (x, confidence) after
+        each of s.steps steps. Confidence (B, T) is an age: the share of the steps since a token
+        last changed, 1 if known. Locked positions (B, T) stay noise; without stagger they are
+        written, too: the network then knows one noise level at a time. predict_tokens, to steer,
+        replaces the method of that name. The network is shown the xhat of the step before, or with
+        s.two_pass that of a first pass at the same z. s.td: as of numbers."""
         predict_tokens = predict_tokens or self.predict_tokens
         if locked is None or not self.stagger:
             locked = torch.zeros_like(known)
@@ -354,12 +353,13 @@ def log_likelihood(z, gamma, table):
 def position_times(t, rand, stagger, known):
     """Each position's own time t_pos and dt_pos/dt at time t (B, 1): both (B, 1) or (B, T).
 
-    stagger 0: all have time t. Else they take turns in the order of rand (B, T): each takes
-    1 / (1 + stagger) of the time, so that with a large stagger most are clean or all noise, as in
-    masked diffusion. The bound holds for any order. Known positions (B, T) take no turn."""
+    stagger 0: all have time t. Else they take turns, each 1 / (1 + stagger) of the time: the
+    smallest of rand (B, T) turns to noise first, so it is written last. With a large stagger most
+    are clean or all noise, as in masked diffusion. The bound holds for any order. Known positions
+    (B, T) take no turn."""
     if not stagger:
         return t, torch.ones_like(t)
-    turn = rank(rand.masked_fill(known, 2))
+    turn = rank(rand.masked_fill(known, 2))                            # the known behind all
     n_unknown = (~known).sum(1, keepdim=True).clamp(min=1)
     t_pos = (1 + stagger) * t - stagger * (turn + 0.5) / n_unknown     # (B, T)
     moving = (t_pos > 0) & (t_pos < 1)
