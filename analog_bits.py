@@ -1,6 +1,6 @@
 """Analog bits (Chen, Zhang & Hinton 2022): Gaussian diffusion over the bits of characters.
 settings: config.Bits, config.CodeSampler. Read with it, in gaussian.py: TokenDiffusion,
-q_sample, reverse_step, log_likelihood and position_times.
+q_sample, reverse_step, log_likelihood, position_times and alpha_sigma.
 
     python analog_bits.py --dataset=warpeace
     python analog_bits.py --code=bytes --head=bits        # the bits of UTF-8, each predicted alone
@@ -27,7 +27,7 @@ GAMMA_MAX = 8.0     # at the other: all bits of a character together tell 0.001 
 
 def bits(ids, width):
     """Integers (...) as +-1 bits (..., width), the lowest first."""
-    return (ids[..., None] >> torch.arange(width, device=ids.device) & 1) * 2.0 - 1
+    return ((ids[..., None] >> torch.arange(width, device=ids.device)) & 1) * 2.0 - 1
 
 
 def bit_table(code, alphabet):
@@ -39,8 +39,8 @@ def bit_table(code, alphabet):
 
 
 class BitHead(nn.Module):
-    """A network of K logits of bits as one of V logits of characters: a character is as likely as
-    the product of its bits, normalized over the characters."""
+    """Turns a network that predicts K bits into one that predicts V characters: a character is as
+    likely as the product of its bits, normalized over the characters."""
 
     def __init__(self, net, table):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Gaussian diffusion over embeddings of characters: the usual baseline, which fails, its cure step
-by step, and Diffusion-LM. settings: config.Embed, config.EmbedSampler. Read with it, in
-gaussian.py: TokenDiffusion, q_sample, log_likelihood, alpha_sigma and x0_from_output.
+"""Gaussian diffusion over embeddings of characters. Three things: the usual baseline, which fails;
+its cure, one change at a time; Diffusion-LM. settings: config.Embed, config.EmbedSampler. Read with
+it, in gaussian.py: TokenDiffusion, q_sample, log_likelihood, alpha_sigma and x0_from_output.
 
     python embed_diffusion.py
     python embed_diffusion.py --recipe=baseline                    # RECIPES has all
@@ -31,7 +31,7 @@ from train import build as build_ar, fit_text
 SETTINGS = Embed
 SAMPLER = EmbedSampler
 DIFFUSION_LM_STEPS = 2000
-DIFFUSION_LM_SIGMA = (1 - (1 - 0.0006 ** 0.5) / 0.99) ** 0.5     # 0.121, noise of its first step
+DIFFUSION_LM_SIGMA = (1 - (1 - 0.0006 ** 0.5) / 0.99) ** 0.5     # 0.121, sigma of its first step
 
 # From the usual baseline, which fails, to its cure, one change at a time.
 LADDER = {
@@ -49,7 +49,7 @@ LADDER = {
     "sqrt": dict(schedule="sqrt"),                        # trains where there is most to learn
     "selfcond": dict(self_cond=True),
     "hint": dict(feed_posterior=True),
-    "timeless": dict(time=False),                         # the network can see the noise level
+    "timeless": dict(time=False),                         # the level is not fed: z shows it
     "turns": dict(stagger=3.0),                           # characters come one after another
     "scaled": dict(row_norm=2.65, gamma_min=-4.0, gamma_max=8.0),   # the same for longer rows
 }
@@ -82,8 +82,8 @@ class RowNorm(nn.Module):
 
 
 class EmbeddingDiffusion(TokenDiffusion):
-    """TokenDiffusion over a table that may be learned. predict=x0 or eps, the arms that fail: the
-    network predicts K numbers, and a token is as likely as softmax(xhat @ table.T)."""
+    """TokenDiffusion over a table that may be learned. predict=x0 or eps, of the recipes that fail:
+    the network predicts K numbers, and a token is as likely as softmax(xhat @ table.T)."""
 
     def __init__(self, net, table, c):
         if c.train_table:

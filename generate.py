@@ -71,8 +71,8 @@ def join_pieces(pieces, mask_id):
 
 
 def lay_out(pieces, length, T, mask_id):
-    """ids, known (L,) of a text of `length` characters. 0: as many as the prompt if it has blanks,
-    else a window of T, or after a prompt that fills half of one a window more."""
+    """ids, known (L,) of a text of `length` characters. 0: as many as the prompt if it has blanks;
+    else T, a window, or T more than the prompt if that has more than half a window."""
     ids, known = join_pieces(pieces, mask_id)
     n = len(ids)
     if not length:
@@ -122,8 +122,7 @@ def infer_blank_lengths(method, pieces, T, seed, things="characters"):
     whose length is chosen is MASKs to the next."""
     pieces = list(pieces)
     for i, lengths in enumerate(pieces):
-        is_text = isinstance(lengths, list)
-        if is_text or len(lengths) == 1:
+        if isinstance(lengths, list) or len(lengths) == 1:
             continue
         before, _ = join_pieces(pieces[:i], method.mask_id)
         after = []
@@ -248,11 +247,10 @@ def show_texts(frames, ids, known, tokenizer, s, calls_per_frame=1):
     for x, confidence in frames:
         n_calls += calls_per_frame
     seconds = time.perf_counter() - start_time
-    texts = ["".join(text) for text in painted_texts(tokenizer, x, confidence)]
-    for i, text in enumerate(texts, 1):
+    for i, painted in enumerate(painted_texts(tokenizer, x, confidence), 1):
         if s.n > 1:
             print(f"--- text {i} of {s.n}")
-        print(text)
+        print("".join(painted))
     report = f"{n_calls} network calls"
     if not watching:
         speed = s.n * int((~known).sum()) / max(seconds, 1e-9)
@@ -329,7 +327,7 @@ def erase(height):
 
 def watch(frames, tokenizer):
     """Show frames (x, confidence) in the terminal, each over the last, and pass them on. Of a text
-    that is higher than the window, the rows that end with the last one that has changed."""
+    that is higher than the terminal, the rows that end with the last one that has changed."""
     before = []
     height = 0
     try:
