@@ -269,9 +269,7 @@ class TokenDiffusion(GaussianDiffusion):
         gamma = torch.where(known, self.gamma_min, gamma)              # (B, T)
 
         # predict
-        x_prev = None
-        if self.self_cond:
-            x_prev = self.half_of_x_prev(z, gamma, parity)
+        x_prev = self.half_of_x_prev(z, gamma, parity) if self.self_cond else None
         logits = self.logits(z, gamma, cond, x_prev)
 
         # loss
