@@ -132,8 +132,7 @@ class MaskedDiffusion(nn.Module):
     @torch.no_grad()
     def sample(self, x, known, s, locked=None):
         """Fill the positions of x (B, T) that are not known (B, T), in at most s.steps calls; 0
-        means two for each unknown position. Positions that are locked (B, T), behind the end of a
-        text, stay MASK. With remask all calls are made: where no MASK is left, one is made.
+        means two for each unknown position; with remask all are made. Locked ones (B, T) stay MASK.
         confidence (B, T): the probability of each token when revealed, after temperature and top_k.
 
         Exact samples of the model: order=random, counts=even, temperature=1, top_k=0, remask=0 and

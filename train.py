@@ -283,8 +283,7 @@ def training_windows(data, n):
 
 def eval_subset(val, c, method):
     """Evenly spaced windows of val and levels: a tenth of the rows that one process trained on
-    since the last evaluation. With half as many of the training text, and without a backward
-    pass, that is a twentieth of the time."""
+    since the last evaluation; with those of the training text a twentieth of the time."""
     levels = min(4, method.eval_levels)
     passes = c.eval_interval * c.batch_size * c.grad_accum // WORLD_SIZE // 10
     return spaced_rows(val, max(2, passes // levels)), levels

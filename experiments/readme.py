@@ -29,7 +29,7 @@ def progress():
         seconds = float(log[step]["seconds"])
         bound = f"{float(log[step]['bound']):.2f}"
         if step == 100:
-            yield ["100 steps, first sample", f"{seconds:.0f} s into training", bound]
+            yield ["100 steps, first sample", f"{seconds:.0f} s", bound]
         else:
             yield [f"{step:,} steps", f"{seconds / 60:.1f} min", bound]
 
