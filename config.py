@@ -97,7 +97,7 @@ class Config(Settings):   # every script that trains
     resume: bool = False           # go on with the run in `out`; empty: with the newest unfinished
     seed: int = 1337               # of the weights and of all noise
     max_iters: int = 20000 if GPU else 2800      # steps
-    eval_interval: int = 1000 if GPU else 400    # steps between evaluations
+    eval_interval: int = 1000 if GPU else 400    # steps between evaluations; one more is at 100
     windows: int = 4000            # of the validation text, that the last evaluation takes at most
     compile: bool = sys.platform != "darwin"   # after step 100, in runs of 1,000 steps or more
     # model

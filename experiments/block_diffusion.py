@@ -2,7 +2,7 @@
 blocks of L characters in order, each by masked diffusion. L = 1 is autoregression, L = block_size
 masked diffusion.   settings: Blocks and BlockSampler, below
 
-    python -m experiments.block_diffusion --dataset=shakespeare    # on a CPU 3.5 times train.py
+    python -m experiments.block_diffusion --dataset=shakespeare    # 2.5 to 3.5 times train.py
     python -m experiments.block_diffusion sample --prompt="ROMEO:" --length=1000
 
 B batch, T positions, n = T / L blocks, C channels, V vocabulary size; token V is MASK.
