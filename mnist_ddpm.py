@@ -143,7 +143,7 @@ def sample(argv):
         labels = torch.full((s.n,), s.digit)
     x = sample_batches(method, labels, s)
     out = path if path.is_dir() else path.parent
-    if out == HERE / "results":                    # that of the checkpoint in the repository
+    if out.resolve() == HERE / "results":          # that of the checkpoint in the repository
         out = HERE / "out"
     to = Path(s.png) if s.png else out / "samples.png"
     to.parent.mkdir(parents=True, exist_ok=True)

@@ -197,6 +197,17 @@ def test_train_sample_resume_and_the_wrong_script(tmp_path, monkeypatch, capsys)
         mnist_ddpm.main(["sample", out, *args])
         assert read_png((tmp_path / "mnist/samples.png").read_bytes()).shape == shape
     assert asked == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1], [0, 0]]
+
+    # what is shipped stays as it is, by whatever path it is named
+    monkeypatch.setattr(mnist_ddpm, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    shipped = (tmp_path / "mnist/best.pt").rename(tmp_path / "results/mnist.pt")
+    for path in (shipped, "results/mnist.pt", "mnist/../results/mnist.pt"):
+        mnist_ddpm.main(["sample", f"--out={path}", "--n=1"])
+        (tmp_path / "out/samples.png").unlink()
+        assert [*shipped.parent.iterdir()] == [shipped]
+    shipped.rename(tmp_path / "mnist/best.pt")
     with pytest.raises(SystemExit, match="is a mnist checkpoint, not masked or ar$"):
         generate.main([out])
     for change in ("--predict=x0", "--recipe=ddpm"):
