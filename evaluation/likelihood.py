@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import math
+import os
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Evaluate(Settings):   # python -m evaluation: which checkpoints, how much 
     quick: bool = False            # train tiny versions in out/quick, and measure these alone
     report: bool = False           # write the page, out/report.html
     json: str = ""                 # write what was measured to this file
-    dataset: str = ""              # the path of the text of checkpoints trained on a file
+    dataset: str = ""              # of checkpoints trained on a file: where that is, if it moved
     data_dir: str = ""             # where corpora are kept; empty: data/
     seed: int = 1337
     # likelihood
@@ -113,21 +114,25 @@ read_images = functools.cache(Images)
 
 
 def corpus(checkpoint, s):
-    """The Text a checkpoint was trained on, or for pixels, which have no alphabet, the Images. Read
-    once; one line and exit 1 if they are others."""
-    name = checkpoint.meta["data"]["name"]
+    """The Text a checkpoint was trained on, or for pixels, which have no alphabet, the Images. A
+    file is where it was, or at s.dataset. Read once; one line and exit 1 if they are others."""
+    before = checkpoint.meta["data"]
+    name = before["name"]
+    asks = ""
     if name.startswith("file "):
-        check(s.dataset, f"{checkpoint.path} was trained on the {name}: pass its path, "
-                         "--dataset=PATH")
-        name = s.dataset
+        asks = ": pass its path, --dataset=PATH"
+        name = s.dataset or checkpoint.c.dataset
+        check(s.dataset or os.path.isfile(name),
+              f"{checkpoint.path} was trained on {name}, which is not there{asks}")
     if checkpoint.meta["alphabet"]:
         c = Masked(dataset=name, data_dir=s.data_dir, block_size=checkpoint.c.block_size,
                    train_size=checkpoint.c.train_size)
         data = read_text(c, checkpoint.meta["is_bytes"])
     else:
         data = read_images(Mnist(dataset=name, data_dir=s.data_dir))
-    check(data.meta["data"]["sha256"] == checkpoint.meta["data"].get("sha256"),
-          f"{checkpoint.path} was trained on another {name} than this {data.name}")
+    check(data.meta["data"]["sha256"] == before.get("sha256"),
+          f"{checkpoint.path} was trained on other data ({before['name']}) than this {data.name}"
+          f"{asks}")
     return data
 
 

@@ -2,9 +2,11 @@
 diagnostics and bench."""
 import math
 import re
+import shutil
 import signal
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from config import Bits, Embed, Masked, Sample
 from data import Text
 from evaluation import __main__ as command
 from evaluation import bench, diagnostics, likelihood
-from evaluation.likelihood import Evaluate, corpus, open_checkpoint
+from evaluation.likelihood import Evaluate, corpus, grouped, open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +70,32 @@ def test_a_script_that_somebody_adds_can_be_evaluated_and_nothing_else_is_import
         open_checkpoint(saved_as("config"))
 
 
-def test_another_text_than_the_checkpoint_was_trained_on_is_refused(runs):
+def test_another_text_than_the_checkpoint_was_trained_on_is_refused(runs, tmp_path):
     checkpoint = open_checkpoint(runs / "masked")
     s = Evaluate(dataset=f"{runs}/text.txt")
-    assert corpus(checkpoint, s) is corpus(checkpoint, s)
-    with pytest.raises(SystemExit, match="pass its path, --dataset=PATH"):
-        corpus(checkpoint, Evaluate())
+    assert corpus(checkpoint, s) is corpus(checkpoint, s) is corpus(checkpoint, Evaluate())
+
+    # another one: where it was, elsewhere, changed, moved
+    path = tmp_path / "own.txt"
+    path.write_text("abc" * 999)
+    c = replace(checkpoint.c, dataset=str(path))
+    own = replace(checkpoint, path="own", c=c, meta={**checkpoint.meta, **Text(c).meta})
+    assert len(grouped([checkpoint, own], Evaluate())) == 2
+    moved = str(shutil.copy(path, tmp_path / "moved.txt"))
+    assert corpus(own, Evaluate(dataset=moved)).name == "file moved.txt"
+    other = r"own was trained on other data \(file own.txt\) than this file "
+    asks = ": pass its path, --dataset=PATH$"
+    with pytest.raises(SystemExit, match=f"{other}text.txt{asks}"):
+        corpus(own, s)
+    path.write_text("abd" * 999)
+    likelihood.read_text.cache_clear()
+    with pytest.raises(SystemExit, match=f"{other}own.txt{asks}"):
+        corpus(own, Evaluate())
+    path.unlink()
+    with pytest.raises(SystemExit, match=f"own was trained on {path}, which is not there{asks}"):
+        corpus(own, Evaluate())
     checkpoint.meta["data"] = {"name": "pydoc", "sha256": "0"}
-    with pytest.raises(SystemExit, match="was trained on another pydoc"):
+    with pytest.raises(SystemExit, match=r"was trained on other data \(pydoc\) than this pydoc$"):
         corpus(checkpoint, Evaluate())
 
 

@@ -203,4 +203,4 @@ def test_the_table_of_digits(real, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(likelihood, "read_images", functools.cache(mnist_ddpm.Images))
     with pytest.raises(SystemExit, match="no checkpoint to measure"):
         command.main([f"--out={outs[0]}"])
-    assert "was trained on another digits" in capsys.readouterr().err
+    assert "was trained on other data (digits) than this digits\n" in capsys.readouterr().err
