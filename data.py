@@ -125,7 +125,10 @@ class VocabTokenizer(CharTokenizer):
         while text:
             lengths = range(min(len(text), self.longest), 0, -1)
             n = next((n for n in lengths if text[:n] in self.ids), 0)
-            check(n, f"no token of the vocabulary begins {text[:40]!r}")
+            said = f"no token of the vocabulary begins {text[:40]!r}"
+            if not n and (text == " " or any(f" {text[:i]}" in self.ids for i in lengths)):
+                said += ": words may begin with a space"
+            check(n, said)
             ids.append(self.ids[text[:n]])
             text = text[n:]
         return np.array(ids, np.int64)
@@ -146,8 +149,7 @@ def printable(text):
 
 
 def clean(text):
-    """Text in which a line ends with \\n alone, without byte order marks: what every corpus, prompt
-    and table goes through."""
+    """Text with \\n alone at a line's end, no byte order marks: all corpora, prompts and tables."""
     if "\r" in text:
         text = re.sub(r"\r+\n|\r", "\n", text)
     return text.replace("\ufeff", "")
@@ -263,8 +265,7 @@ def load_tokens(c, is_bytes):
 
 
 def load_text(name, folder):
-    """-> the text of a dataset, and what it is called. name: of a corpus, auto, pydoc, or the path
-    of a text file."""
+    """-> the text of a dataset, and what it is called. name: a corpus, auto, pydoc, or a path."""
     if name == "auto":
         try:
             return load_text("shakespeare", folder)

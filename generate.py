@@ -285,8 +285,7 @@ def texts(s):
 
 def main(argv):
     s = Sample(**parse(argv, Sample))
-    frames, ids, known, tokenizer = prepare(s)
-    show_texts(frames, ids, known, tokenizer, s)
+    show_texts(*prepare(s), s)
 
 
 # -------------------------------------------------------------------------------------------------

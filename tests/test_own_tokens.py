@@ -24,6 +24,7 @@ from evaluation.likelihood import count_chars, unigram_of
 from experiments import words
 
 VOCABULARY = [" the", " cat", " cats", "s", ".", "\n", " sat on", " ", "t", "he", "c\n"]
+SPACE = ": words may begin with a space"
 N = 3000
 
 
@@ -62,10 +63,13 @@ def test_a_text_is_cut_into_the_longest_strings_that_fit():
         len(strings[0] + strings[1]), 2 * len(strings[1])]
 
 
-def test_what_no_token_begins_is_named():
+@pytest.mark.parametrize("text, says", [
+    (" the catfish", "'fish'"), (" the dog", "' dog'"), ("the cat", "'the cat'" + SPACE),
+    (" the cat.cat", "'cat'" + SPACE), (" the cat ", "' '" + SPACE)])
+def test_what_no_token_begins_is_named(text, says):
     with pytest.raises(SystemExit) as e:
-        VocabTokenizer(VOCABULARY).encode(" the catfish")
-    assert last_line(e.value) == "no token of the vocabulary begins 'fish'"
+        VocabTokenizer([" the", " cat", "."]).encode(text)
+    assert last_line(e.value) == f"no token of the vocabulary begins {says}"
 
 
 def test_the_alphabet_of_a_checkpoint_says_which_tokenizer_it_has():
@@ -253,9 +257,9 @@ def test_prompts_with_blanks_are_of_tokens(runs, capsys):
 
 def test_the_evaluation_is_in_nats_a_token_and_a_character(runs, capsys):
     """One is the other divided by the mean length of the tokens that are measured."""
-    path = runs / "tokens.npy"
+    path = runs / "tokens.npy"                             # is found where it was
     names = ",".join(f"{runs}/{name}" for name in METHODS)
-    evaluation.main([f"--out={names}", f"--dataset={path}", "--n=3", "--exact=2", "--steps=4",
+    evaluation.main([f"--out={names}", "--n=3", "--exact=2", "--steps=4",
                      "--gaussian_steps=3", f"--eval_model={runs}/ar", "--windows=11"])
     titles, tables = zip(*tables_of(capsys.readouterr().out), strict=True)
     assert titles[0].endswith("11 of 18 windows of 16 tokens")
