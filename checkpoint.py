@@ -175,7 +175,7 @@ def load(path, settings, build, methods):
     except (KeyError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise SystemExit(f"{path} was made by another version") from None
+        raise SystemExit(f"{path} does not fit this network: the code was changed since") from None
     return method.to(DEVICE).eval(), c, state
 
 
