@@ -27,6 +27,13 @@ THRICE = [*TINY, "--max_iters=6", "--eval_interval=2"]
 RUN = {"ckpt.pt", "best.pt", "log.csv", "status", "samples.txt"}
 
 
+def test_shipped_checkpoints_of_a_script_have_the_same_settings():
+    """So that none says, after cloning, that it was made before some of them."""
+    configs = [torch.load(ROOT / f"results/{name}.pt", weights_only=True)["config"]
+               for name in ("masked", "judge")]
+    assert configs[0].keys() == configs[1].keys()
+
+
 def files(folder):
     """Everything in a folder: {path: contents}."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
