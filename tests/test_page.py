@@ -83,9 +83,10 @@ def test_the_page_in_a_browser(tmp_path):
     assert re.findall("<th .*?>(.*?)</th>", models) == ["model", "method", "bound, nats/char"]
     assert models.count("<tr>") == 1 + 3 and models.count("1.750 ± 0.010") == 2
     assert early.count("<tr>") == 2 + 3 + 4 and early.count("<circle") == 15 + 5
-    for unit in ("training steps", "bound, bits a character or pixel",
-                 "cross-entropy, nats a character or token", "of the way from clean to noise, %"):
-        assert f">{unit}</text>" in body
+    for x, y in (("training steps", "bound, bits a character or pixel"),
+                 ("the way from clean to noise, %", "cross-entropy, nats a character or token")):
+        assert f">{x}</text>" in body and f">{y}</text>" in body
+        assert f'aria-label="{y}, over {x}"' in body
     assert f">{CAPTION[0].upper()}{CAPTION[1:]}.</p>" in body
 
     # it can be used
