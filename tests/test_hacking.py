@@ -47,7 +47,7 @@ def made_short(command, corpus):
     if args[0].startswith("--"):
         args = ["train.py", *args]
     if "evaluation" in args:
-        return [*args, corpus]
+        return args
     if "generate.py" in args or "sample" in args:
         return [*args, "--steps=4"]
     return [*args, *TINY, corpus, "--max_iters=2"]
@@ -68,6 +68,11 @@ def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
     text.write_text("".join(f"ROMEO: {i * i} is what I say.\n" for i in range(400)))
     corpus = f"--dataset={text}"
 
+    # a copy of a method, under a name of its own
+    method = (copy / "experiments/uniform.py").read_text(encoding="utf-8")
+    method = method.replace('"uniform"', '"mine"').replace("experiments.uniform", "experiments.mine")
+    (copy / "experiments/mine.py").write_text(method, encoding="utf-8")
+
     # blocks and commands, in their order; with the new network old checkpoints no longer load
     page = (ROOT / "docs/hacking.md").read_text(encoding="utf-8")
     page = page.partition("## Five changes")[2].partition("\n## ")[0]
@@ -79,9 +84,10 @@ def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
             if block:
                 type_in(copy / file, where, line, block)
             else:
-                commands[command] = made_short(command, corpus)
+                for typed in (command, command.replace("uniform", "mine")):
+                    commands[typed] = made_short(typed, corpus)
         said |= type_commands(commands, copy)
-    assert len(said) == 10, list(said)
+    assert len(said) == 10 + 3, list(said)
 
     # a schedule and an order
     runs = {name: read_state(copy / f"out/{name}", "best.pt")
@@ -106,8 +112,10 @@ def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
     assert "out/masked.2: masked" in said["python generate.py"]
     assert " nats/char" in said["python -m experiments.uniform"]
     assert "ROMEO:" in said['python -m experiments.uniform sample --prompt="ROMEO:{40}"']
-    measured = said["python -m evaluation --out=out/uniform --n=0"]
-    assert re.search(r"out/uniform \| uniform \| [\d,]+ \| 2 \| \d", measured)
+    for name in ("uniform", "mine"):
+        measured = said[f"python -m evaluation --out=out/{name} --n=0"]
+        assert re.search(rf"out/{name} \| {name} \| [\d,]+ \| 2 \| \d", measured)
+    assert "done: python -m experiments.mine sample" in said["python -m experiments.mine"]
 
 
 def test_the_lines_from_python_write(monkeypatch):
