@@ -169,7 +169,7 @@ class Codes(Config):   # both below: Gaussian diffusion of tokens through a tabl
     self_cond: bool = True         # show the network its own earlier prediction
     output_prior: bool = True      # add to its logits log p(noisy code | character)
     feed_posterior: bool = True    # show the network those probabilities, too
-    stagger: float = 3.0           # 0: all equally noisy; more: one after another
+    stagger: float = 12.0          # 0: all equally noisy; more: one after another, as MASKs are
     prompts: float = 0.25          # share of training windows with a clean part
     time: bool = False             # feed the network the noise level
 
@@ -179,7 +179,6 @@ class Bits(Codes):   # analog_bits.py: the codes are the bits of characters
     code: Literal["index", "bytes"] = "index"    # bits of the place in the alphabet, or UTF-8
     head: Literal["softmax", "bits"] = "softmax" # predict characters, or each bit alone
     loss: Literal["ce", "elbo"] = "ce"           # cross-entropy, or the bound
-    stagger: float = 12.0          # 0: all equally noisy; more: one after another, as MASKs are
 
 
 @dataclass(frozen=True)

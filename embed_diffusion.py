@@ -59,7 +59,7 @@ for rung, change in LADDER.items():
     rungs = rungs | change
     RECIPES[rung] = rungs
 RECIPES |= {
-    "best": {**rungs, "prompts": 0.25},
+    "best": {**rungs, "stagger": 12.0, "prompts": 0.25},                # the default
     "orderless": {**rungs, "use_positions": False},       # the last rung without the first cure
     "diffusion-lm": {**RECIPES["x0"], "table_init": "free", "train_table": True,
                      "loss": "diffusion-lm", "schedule": "sqrt", "gamma_min": -4.6,

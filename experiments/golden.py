@@ -92,7 +92,7 @@ def train_case(name):
     tiny = TINY
     if script is train:
         tiny = TINY | {"curriculum": 0}
-    elif kind == "bits":
+    elif kind in ("bits", "embed"):
         tiny = TINY | {"stagger": 3.0}
     c = script.SETTINGS(**tiny | typed)
     train.reseed(c.seed)
