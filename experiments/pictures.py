@@ -201,20 +201,23 @@ def embedding_ladder():
     for name, what in RUNGS.items():
         bits = float(measured[name]["bound"]) / math.log(2)
         rows.append((name, what, bits, measured[name]["sample"]))
-    masked, = numbers("side-shakespeare", "out/side/shakespeare/masked.1337", "bits/char")
+    masked, = numbers("side-shakespeare:1", "out/side/shakespeare/masked.1337", "bits/char")
     marks = {"masked": masked, "letter frequencies": 4.83}
     names = ("one change at a time", "bound, bits a character: lower is better", "what it writes")
     return bar_chart("From a baseline that fails to one that writes", names, 6, marks, rows)
 
 
 def bound_by_stagger():
-    def bound(first):
-        return numbers("equal", first, "bound, nats/char")[0]
-    masked = bound("masked, seed 1337")
+    masked, = numbers("equal", "masked, seed 1337", "bound, nats/char")
     lines = [(f"masked {masked:.2f}", "blue", [(3, masked), (24, masked)])]
-    for model, staggers in [("embeddings", (3, 12, 24)), ("bits", (3, 6, 12, 24))]:
-        points = [(n, bound(f"{model}, stagger {n}")) for n in staggers]
-        lines.append((f"{model} {points[-1][1]:.2f}", MODELS[model], points))
+    for model in ("embeddings", "bits"):
+        points = []
+        for n in (3, 12, 24):
+            cell, = found("equal", f"{model}, stagger {n}", "bound, nats/char")
+            bound, error = map(float, cell.split(" ± "))
+            points.append((n, bound))
+            lines.append(("", MODELS[model], [(n, bound - error), (n, bound + error)]))
+        lines.append((f"{model} {bound:.2f}", MODELS[model], points))
     return line_chart("Noise that comes one character after another", "stagger",
                       "nats a character: lower is better", [3, 6, 12, 24],
                       [1.84, 1.88, 1.92, 1.96, 2, 2.04], lines, math.log)
