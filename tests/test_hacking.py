@@ -70,7 +70,8 @@ def test_each_change_is_made_by_the_lines_of_the_page(copy, tmp_path):
 
     # a copy of a method, under a name of its own
     method = (copy / "experiments/uniform.py").read_text(encoding="utf-8")
-    method = method.replace('"uniform"', '"mine"').replace("experiments.uniform", "experiments.mine")
+    method = method.replace('"uniform"', '"mine"')
+    method = method.replace("experiments.uniform", "experiments.mine")
     (copy / "experiments/mine.py").write_text(method, encoding="utf-8")
 
     # blocks and commands, in their order; with the new network old checkpoints no longer load
