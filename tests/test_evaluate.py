@@ -261,7 +261,7 @@ def test_the_same_digits_as_of_commit_3118222(fp32, tmp_path):
     masked = drawn(train, Masked(**tiny), data.meta)
     ar = drawn(train, Masked(**tiny, objective="ar"), data.meta)
     bits = drawn(analog_bits, Bits(**tiny, stagger=3.0), data.meta)
-    embed = drawn(embed_diffusion, Embed(**tiny), data.meta)
+    embed = drawn(embed_diffusion, Embed(**tiny, stagger=3.0), data.meta)
     recorded = [
         (masked, [3.3994085, 0.0278344, 0.0047683], 3.4122945,
          [3.3672538, 3.3704963, 3.4094996, 3.4145181, 3.4287727]),
