@@ -125,10 +125,12 @@ class VocabTokenizer(CharTokenizer):
         while text:
             lengths = range(min(len(text), self.longest), 0, -1)
             n = next((n for n in lengths if text[:n] in self.ids), 0)
-            said = f"no token of the vocabulary begins {text[:40]!r}"
-            if not n and (text == " " or any(f" {text[:i]}" in self.ids for i in lengths)):
-                said += ": words may begin with a space"
-            check(n, said)
+            hint = ""
+            if text == " ":
+                hint = ": no space stands before a blank or at the end"
+            elif not n and any(f" {text[:i]}" in self.ids for i in lengths):
+                hint = ": words may begin with a space"
+            check(n, f"no token of the vocabulary fits at {text[:40]!r}{hint}")
             ids.append(self.ids[text[:n]])
             text = text[n:]
         return np.array(ids, np.int64)

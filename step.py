@@ -90,7 +90,7 @@ class Muon(torch.optim.Optimizer):
         mean_square = torch.stack(squares).lerp(square, weight)
         direction = normalize_rows(direction, mean_square)
 
-        scale = 0.2 * math.sqrt(max(direction.shape[1:]))              # to AdamW's mean square
+        scale = 0.2 * math.sqrt(max(direction.shape[1:]))              # to about AdamW's RMS
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_sub_(params, list((scale * lr * direction).unbind()))
         torch._foreach_copy_(buffers + squares, [*average, *mean_square])

@@ -25,6 +25,7 @@ from experiments import words
 
 VOCABULARY = [" the", " cat", " cats", "s", ".", "\n", " sat on", " ", "t", "he", "c\n"]
 SPACE = ": words may begin with a space"
+LAST = ": no space stands before a blank or at the end"
 N = 3000
 
 
@@ -65,11 +66,11 @@ def test_a_text_is_cut_into_the_longest_strings_that_fit():
 
 @pytest.mark.parametrize("text, says", [
     (" the catfish", "'fish'"), (" the dog", "' dog'"), ("the cat", "'the cat'" + SPACE),
-    (" the cat.cat", "'cat'" + SPACE), (" the cat ", "' '" + SPACE)])
-def test_what_no_token_begins_is_named(text, says):
+    (" the cat.cat", "'cat'" + SPACE), (" the cat ", "' '" + LAST)])
+def test_where_no_token_fits_is_named(text, says):
     with pytest.raises(SystemExit) as e:
         VocabTokenizer([" the", " cat", "."]).encode(text)
-    assert last_line(e.value) == f"no token of the vocabulary begins {says}"
+    assert last_line(e.value) == f"no token of the vocabulary fits at {says}"
 
 
 def test_the_alphabet_of_a_checkpoint_says_which_tokenizer_it_has():
@@ -247,7 +248,7 @@ def test_prompts_with_blanks_are_of_tokens(runs, capsys):
     L = int(re.search(r": (\d) tokens", err)[1])
     some = "|".join(map(re.escape, VOCABULARY))
     assert re.fullmatch(rf" the(?:{some}){{2}} cats(?:{some}){{{L}}}\.\n\n", out)
-    with pytest.raises(SystemExit, match="no token of the vocabulary begins 'dog'"):
+    with pytest.raises(SystemExit, match="no token of the vocabulary fits at 'dog'"):
         generate.main([*args, "--prompt= the cat{3}dog"])
     with pytest.raises(SystemExit, match="with the 1 tokens that follow, a blank may have 15, not"):
         generate.main([*args, "--prompt={1-40}."])
