@@ -32,7 +32,7 @@ class Evaluate(Settings):   # python -m evaluation: which checkpoints, how much 
     report: bool = False           # write the page, out/report.html
     json: str = ""                 # write what was measured to this file
     dataset: str = ""              # of checkpoints trained on a file: where that is, if it moved
-    data_dir: str = ""             # where corpora are kept; empty: data/
+    data_dir: str = ""             # where corpora are kept; empty: where each run found its own
     seed: int = 1337
     # likelihood
     bound: bool = True
@@ -118,6 +118,9 @@ def corpus(checkpoint, s):
     file is where it was, or at s.dataset. Read once; one line and exit 1 if they are others."""
     before = checkpoint.meta["data"]
     name = before["name"]
+    data_dir = s.data_dir
+    if not data_dir and os.path.isdir(checkpoint.c.data_dir):
+        data_dir = checkpoint.c.data_dir
     asks = ""
     if name.startswith("file "):
         asks = ": pass its path, --dataset=PATH"
@@ -125,11 +128,11 @@ def corpus(checkpoint, s):
         check(s.dataset or os.path.isfile(name),
               f"{checkpoint.path} was trained on {name}, which is not there{asks}")
     if checkpoint.meta["alphabet"]:
-        c = Masked(dataset=name, data_dir=s.data_dir, block_size=checkpoint.c.block_size,
+        c = Masked(dataset=name, data_dir=data_dir, block_size=checkpoint.c.block_size,
                    train_size=checkpoint.c.train_size)
         data = read_text(c, checkpoint.meta["is_bytes"])
     else:
-        data = read_images(Mnist(dataset=name, data_dir=s.data_dir))
+        data = read_images(Mnist(dataset=name, data_dir=data_dir))
     check(data.meta["data"]["sha256"] == before.get("sha256"),
           f"{checkpoint.path} was trained on other data ({before['name']}) than this {data.name}"
           f"{asks}")

@@ -99,6 +99,23 @@ def test_another_text_than_the_checkpoint_was_trained_on_is_refused(runs, tmp_pa
         corpus(checkpoint, Evaluate())
 
 
+def test_a_corpus_is_read_where_the_run_found_it_or_where_is_typed(runs, tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(runs / "masked")
+    data = corpus(checkpoint, Evaluate())
+    read_from = []
+
+    def read_text(c, is_bytes):
+        read_from.append(c.data_dir)
+        return data
+
+    monkeypatch.setattr(likelihood, "read_text", read_text)
+    for folder in (str(tmp_path), "gone"):
+        run = replace(checkpoint, c=replace(checkpoint.c, data_dir=folder))
+        corpus(run, Evaluate())
+        corpus(run, Evaluate(data_dir="typed"))
+    assert read_from == [str(tmp_path), "typed", "", "typed"]
+
+
 @pytest.mark.parametrize("typed", [dict(n=1), dict(exact=1), dict(digits=9), dict(draws=1),
                                    dict(windows=1), dict(n=-2)])
 def test_too_few_for_an_error_is_refused(typed):
