@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     found_inf = None
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
+    def __init__(self, params, lr, weight_decay, momentum=0.9):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for p in params:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -96,9 +96,9 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_(buffers + squares, [*average, *mean_square])
 
 
-def build_optimizers(method, c, lr):
-    """AdamW, or with optimizer=muon Muon for the matrices of the blocks and AdamW for the rest; lr:
-    a tensor (), of both."""
+def build_optimizers(method, c, lr, adamw_lr):
+    """AdamW, or with optimizer=muon Muon for the matrices of the blocks and AdamW for the rest;
+    lr, adamw_lr: tensors ()."""
     matrices = []
     rest = []
     for name, p in method.named_parameters():
@@ -107,8 +107,8 @@ def build_optimizers(method, c, lr):
             matrices.append(p)
         else:
             rest.append(p)
-    opts = [torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=c.weight_decay, fused=True,
-                              capturable=GPU)]
+    opts = [torch.optim.AdamW(rest, adamw_lr, betas=(0.9, 0.98), weight_decay=c.weight_decay,
+                              fused=True, capturable=GPU)]
     if matrices:
         opts.append(Muon(matrices, lr, c.weight_decay))
     return opts
@@ -124,8 +124,11 @@ class TrainingStep:
         self.c = c
         self.loss = torch.zeros((), device=DEVICE)
         self.lr = torch.zeros((), device=DEVICE)
+        self.adamw_lr = torch.zeros((), device=DEVICE)
         self.ema_weight = torch.zeros((), device=DEVICE)
-        self.opts = build_optimizers(method, c, self.lr)
+        # embeddings, head and convolutions take larger steps than the matrices of the blocks
+        self.adamw_factor = 3 if c.optimizer == "muon" else 1
+        self.opts = build_optimizers(method, c, self.lr, self.adamw_lr)
         self.scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
         # what share of the run is done, for a method that has such a buffer
         self.share_done = [b for name, b in method.named_buffers() if name == "share_done"]
@@ -136,7 +139,9 @@ class TrainingStep:
         """-> the mean loss () over the micro-batches of all processes, and whether to stop: with
         several processes a tensor, not 0 if one of them is to."""
         c = self.c
-        self.lr.fill_(get_lr(step, c))
+        lr = get_lr(step, c)
+        self.lr.fill_(lr)
+        self.adamw_lr.fill_(self.adamw_factor * lr)
         for share_done in self.share_done:
             share_done.fill_(step / c.max_iters)
         # a smaller decay in the first steps

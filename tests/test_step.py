@@ -18,7 +18,7 @@ import train
 from checkpoint import load_optimizer
 from config import Bits, Embed, Masked, Mnist
 from gaussian import TokenDiffusion, draw_for_tokens
-from step import Muon, reseed
+from step import get_lr, Muon, reseed
 
 V = 20
 TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4, warmup_iters=0,
@@ -72,7 +72,8 @@ def test_muon_is_torchs_with_rows_of_one_length_and_goes_on_with_its_momentum():
     resumed."""
     torch.manual_seed(0)
     probes = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
-    theirs = torch.optim.Muon(probes, lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(probes, lr=1.0, weight_decay=0.0, momentum=0.9,
+                              adjust_lr_fn="match_rms_adamw")
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     opt = Muon(ours, lr=0.0, weight_decay=0.1)
     expected = [p.detach().double() for p in ours]
@@ -148,8 +149,18 @@ def test_a_resumed_optimizer_keeps_its_own_settings():
     new = training_step(method, data, c)
     for opt, before in zip(new.opts, old.opts, strict=True):
         load_optimizer(opt, copy.deepcopy(before.state_dict()))
-        assert opt.param_groups[0]["lr"] is new.lr
+        assert opt.param_groups[0]["lr"] is (new.lr if isinstance(opt, Muon) else new.adamw_lr)
         assert opt.param_groups[0]["weight_decay"] == c.weight_decay
+
+
+@pytest.mark.parametrize("optimizer, factor", [("muon", 3), ("adamw", 1)])
+def test_beside_muon_adamw_has_three_times_the_rate(optimizer, factor):
+    method, data, c = build("masked")
+    step = training_step(method, data, replace(c, optimizer=optimizer))
+    step(0)
+    rates = [float(opt.param_groups[0]["lr"]) for opt in step.opts]
+    lr = get_lr(0, c)
+    assert rates == pytest.approx([factor * lr, lr][:len(step.opts)])
 
 
 @pytest.mark.parametrize("name", METHODS)

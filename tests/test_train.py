@@ -72,7 +72,7 @@ def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(corpus, optimizer):
     c = tiny(corpus, f"--optimizer={optimizer}")
     method = train.build(c, Text(c).meta)
     groups = [[id(p) for g in opt.param_groups for p in g["params"]]
-              for opt in build_optimizers(method, c, torch.zeros(()))]
+              for opt in build_optimizers(method, c, torch.zeros(()), torch.zeros(()))]
     assert sorted(sum(groups, [])) == sorted(id(p) for p in method.parameters())
     blocks = method.net.blocks.parameters()
     muon = {id(p) for p in blocks if p.ndim == 2 and min(p.shape) >= 16}   # not the convolution
