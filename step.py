@@ -97,8 +97,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(method, c, lr, adamw_lr):
-    """AdamW, or with optimizer=muon Muon for the matrices of the blocks and AdamW for the rest;
-    lr, adamw_lr: tensors ()."""
+    """AdamW, or with optimizer=muon Muon for the matrices of the blocks and AdamW for the rest, at
+    the rates adamw_lr and lr, tensors ()."""
     matrices = []
     rest = []
     for name, p in method.named_parameters():
@@ -126,8 +126,7 @@ class TrainingStep:
         self.lr = torch.zeros((), device=DEVICE)
         self.adamw_lr = torch.zeros((), device=DEVICE)
         self.ema_weight = torch.zeros((), device=DEVICE)
-        # embeddings, head and convolutions take larger steps than the matrices of the blocks
-        self.adamw_factor = 3 if c.optimizer == "muon" else 1
+        self.adamw_factor = 3 if c.optimizer == "muon" else 1    # its rate over that of Muon
         self.opts = build_optimizers(method, c, self.lr, self.adamw_lr)
         self.scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
         # what share of the run is done, for a method that has such a buffer
@@ -139,9 +138,8 @@ class TrainingStep:
         """-> the mean loss () over the micro-batches of all processes, and whether to stop: with
         several processes a tensor, not 0 if one of them is to."""
         c = self.c
-        lr = get_lr(step, c)
-        self.lr.fill_(lr)
-        self.adamw_lr.fill_(self.adamw_factor * lr)
+        self.lr.fill_(get_lr(step, c))
+        self.adamw_lr.copy_(self.adamw_factor * self.lr)
         for share_done in self.share_done:
             share_done.fill_(step / c.max_iters)
         # a smaller decay in the first steps
@@ -266,5 +264,4 @@ def call(f):
 
 
 def say_without(what, error):
-    print0(f"going on without {what}, which failed here: {type(error).__name__}: "
-           f"{first_line(error)}")
+    print0(f"going on without {what}, which failed: {type(error).__name__}: {first_line(error)}")

@@ -449,7 +449,7 @@ def test_without_a_compiler_one_line_and_on(corpus, tmp_path, monkeypatch, capsy
     args = [corpus, *TINY, "--max_iters=1000", "--eval_interval=3"]
     train.main([*args, f"--out={tmp_path}/run"])
     out = capsys.readouterr().out
-    assert out.count("going on without torch.compile, which failed here: RuntimeError: no C++ "
+    assert out.count("going on without torch.compile, which failed: RuntimeError: no C++ "
                      "compiler\n") == len(failed) == 1
     assert read_state(tmp_path / "run")["progress"]["seconds"] < 1000
     train.main([*args, "--compile=False", f"--out={tmp_path}/eager"])
