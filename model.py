@@ -190,9 +190,8 @@ class Transformer(nn.Module):
         """x (B, T) or (B, T, K), noise level t (B,) or (B, T) from 0 clean to 1 noise, which is
         ignored unless c.time -> fp32 (B, T, n_out).
 
-        kv_cache: a dict, empty at first, that a causal network fills with what it has read: a dict
-        for each block, and the length. After the first call x goes on where the last one ended, one
-        position at a time."""
+        kv_cache: a dict, empty at first, where a causal network keeps what it has read. After the
+        first call x goes on where the last one ended, one position at a time."""
         T = x.size(1)
         start = 0
         caches = [None] * len(self.blocks)

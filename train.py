@@ -199,8 +199,7 @@ def fit(method, data, c, meta, show_sample, state=None):
 
 
 def fit_text(method, data, c, meta, s, state):
-    """fit, with a block of text as the sample: by the sampler s, from the same noise every time.
-    samples.txt keeps them."""
+    """fit, where the sample is a block of text, written by the sampler s from the same noise."""
     def show_sample(ema, out, step):
         reseed(c.seed)
         x = torch.zeros(1, c.block_size, dtype=torch.long, device=DEVICE)
