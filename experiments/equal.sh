@@ -1,6 +1,6 @@
 #!/bin/bash
 # What lowers the bound at equal time? The fixed shape (4 x 4 x 128, block 128, batch 32, 1,000
-# steps), one change at a time from the default, and the two Gaussian models by their stagger. 26
+# steps), one change at a time from the default, and the two Gaussian models by their stagger. 25
 # runs of five minutes on one CPU core each. bash experiments/equal.sh [data_dir]
 set -eu
 data=${1:-data}
@@ -21,8 +21,7 @@ arm rate-6e-3 train.py --learning_rate=6e-3
 arm rate-15e-3 train.py --learning_rate=15e-3
 arm adamw train.py --optimizer=adamw
 arm warmup-100 train.py --warmup_iters=100
-arm decay-0 train.py --weight_decay=0
-arm decay-0.1 train.py --weight_decay=0.1
+arm decay-0.02 train.py --weight_decay=0.02
 arm decay-0.5 train.py --weight_decay=0.5
 arm ema-0.99 train.py --ema=0.99
 arm batch-16 train.py --batch_size=16 --max_iters=1600 --eval_interval=800
