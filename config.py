@@ -112,7 +112,7 @@ class Config(Settings):   # every script that trains
     optimizer: Literal["muon", "adamw"] = "muon"   # muon: for matrices in blocks, adamw for others
     learning_rate: float = 1e-2    # of Muon, scaled to AdamW's; beside it AdamW has 3 times this
     warmup_iters: int = 20         # steps in which the learning rate rises
-    weight_decay: float = 0.1      # times the learning rate: share of a weight lost in a step
+    weight_decay: float = 0.1 if GPU else 0.02   # times the rate: share of a weight lost in a step
     grad_clip: float = 1.0         # largest norm of the gradient; 0: any
     ema: float = 0.998             # decay of the averaged weights, which are evaluated
 

@@ -21,7 +21,7 @@ arm rate-6e-3 train.py --learning_rate=6e-3
 arm rate-15e-3 train.py --learning_rate=15e-3
 arm adamw train.py --optimizer=adamw
 arm warmup-100 train.py --warmup_iters=100
-arm decay-0.02 train.py --weight_decay=0.02
+arm decay-0.1 train.py --weight_decay=0.1
 arm decay-0.5 train.py --weight_decay=0.5
 arm ema-0.99 train.py --ema=0.99
 arm batch-16 train.py --batch_size=16 --max_iters=1600 --eval_interval=800

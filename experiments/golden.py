@@ -38,7 +38,8 @@ SCRIPTS = {"masked": train, "ar": train, "bits": analog_bits, "embed": embed_dif
 RECIPES = {"embed": embed_diffusion.RECIPES, "mnist": config.MNIST_RECIPES}
 # Muon computes in bf16, which every kind of CPU rounds in its own way: one case has it
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, warmup_iters=2,
-            max_iters=20, compile=False, optimizer="adamw", learning_rate=6e-3)
+            max_iters=20, compile=False, optimizer="adamw", learning_rate=6e-3,
+            weight_decay=0.1)
 
 
 class Walk:
