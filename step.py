@@ -126,7 +126,7 @@ class TrainingStep:
         self.lr = torch.zeros((), device=DEVICE)
         self.adamw_lr = torch.zeros((), device=DEVICE)
         self.ema_weight = torch.zeros((), device=DEVICE)
-        self.adamw_factor = 3 if c.optimizer == "muon" else 1    # its rate over that of Muon
+        self.adamw_factor = c.adamw_factor if c.optimizer == "muon" else 1
         self.opts = build_optimizers(method, c, self.lr, self.adamw_lr)
         self.scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
         # what share of the run is done, for a method that has such a buffer
