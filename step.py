@@ -142,7 +142,7 @@ class TrainingStep:
         self.adamw_lr.copy_(self.adamw_factor * self.lr)
         for share_done in self.share_done:
             share_done.fill_(step / c.max_iters)
-        self.ema_weight.fill_(1 - min(c.ema, (1 + step) / (10 + step)))    # less at first
+        self.ema_weight.fill_(1 - min(c.ema, (1 + step) / (10 + step)))  # a smaller decay at first
         self.loss.zero_()
         for i in range(RANK, c.grad_accum, WORLD_SIZE):
             reseed(c.seed, step, i)

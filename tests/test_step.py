@@ -18,7 +18,7 @@ import train
 from checkpoint import load_optimizer
 from config import Bits, Embed, Masked, Mnist
 from gaussian import TokenDiffusion, draw_for_tokens
-from step import get_lr, Muon, reseed
+from step import Muon, get_lr, reseed
 
 V = 20
 TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4, warmup_iters=0,
@@ -153,9 +153,10 @@ def test_a_resumed_optimizer_keeps_its_own_settings():
         assert opt.param_groups[0]["weight_decay"] == c.weight_decay
 
 
-@pytest.mark.parametrize("optimizer, factor", [("muon", 3), ("adamw", 1)])
-def test_beside_muon_adamw_has_three_times_the_rate(optimizer, factor):
-    method, data, c = build("masked")
+@pytest.mark.parametrize("name, optimizer, factor", [
+    ("masked", "muon", 3), ("masked", "adamw", 1), ("pixels", "muon", 1)])
+def test_beside_muon_adamw_has_three_times_the_rate_but_for_pixels(name, optimizer, factor):
+    method, data, c = build(name)
     step = training_step(method, data, replace(c, optimizer=optimizer))
     step(0)
     rates = [float(opt.param_groups[0]["lr"]) for opt in step.opts]
