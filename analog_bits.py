@@ -61,7 +61,7 @@ def build(c, meta):
     if c.head == "bits":
         net = BitHead(net, table)
     return TokenDiffusion(net, table, c.schedule, c.loss, GAMMA_MIN, GAMMA_MAX, c.self_cond,
-                          c.output_prior, c.feed_posterior, c.prompts, c.stagger)
+                          c.output_prior, c.feed_posterior, c.prompts, c.stagger, c.times)
 
 
 def sample(argv):

@@ -126,9 +126,8 @@ class Config(Settings):   # every script that trains
 @dataclass(frozen=True)
 class Masked(Config):   # train.py: masked diffusion and the autoregressive baseline
     objective: Literal["masked", "ar"] = "masked"     # ar: the autoregressive baseline
-    schedule: Literal["linear", "square", "cosine"] = "linear"   # of the mask rate in training
+    schedule: Literal["linear", "square", "cosine", "logit-normal"] = "logit-normal"   # of masking
     loss: Literal["elbo", "pooled"] = "pooled"     # the bound, or the mean per masked character
-    curriculum: float = 0.5        # share of the run in which mask rates, small at first, reach 1
     time: bool = False             # feed the network the share masked (it can count the MASKs)
 
 
@@ -167,6 +166,7 @@ MNIST_RECIPES = {
 @dataclass(frozen=True)
 class Codes(Config):   # both below: Gaussian diffusion of tokens through a table of codes
     schedule: Literal["linear", "cosine", "sqrt"] = "sqrt"   # of the noise in training
+    times: Literal["uniform", "logit-normal"] = "logit-normal"   # how t is drawn in training
     self_cond: bool = True         # show the network its own earlier prediction
     output_prior: bool = True      # add to its logits log p(noisy code | character)
     feed_posterior: bool = True    # show the network those probabilities, too
@@ -202,9 +202,9 @@ class Embed(Codes):   # embed_diffusion.py: the codes are embeddings of characte
         check(self.loss in losses[self.predict],
               f"predict={self.predict} has loss={' or '.join(losses[self.predict])}")
         needs_tokens = (self.self_cond, self.output_prior, self.feed_posterior, self.stagger,
-                        self.prompts, self.fluency)
+                        self.prompts, self.fluency, self.times == "logit-normal")
         check(self.predict == "tokens" or not any(needs_tokens), "self_cond, output_prior, "
-              "feed_posterior, stagger, prompts and fluency need predict=tokens")
+              "feed_posterior, stagger, prompts, fluency, logit-normal times need predict=tokens")
         check(not self.table or self.table_init == "unit", "table needs table_init=unit")
 
 

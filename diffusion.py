@@ -27,6 +27,8 @@ def mask_rate(schedule, t):
         alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         alpha_bar_0 = math.cos(0.008 / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar / alpha_bar_0).clamp(0, 0.999)
+    if schedule == "logit-normal":
+        return logit_normal(t)
 
 
 class MaskedDiffusion(nn.Module):
@@ -42,14 +44,12 @@ class MaskedDiffusion(nn.Module):
     early_stopping = True    # best.pt has the lowest bound, not the last step
     noise_name = "share masked"
 
-    def __init__(self, net, vocab_size, schedule="linear", loss="elbo", curriculum=0.0):
+    def __init__(self, net, vocab_size, schedule="linear", loss="elbo"):
         super().__init__()
         self.net = net
         self.mask_id = vocab_size
         self.schedule = schedule
         self.loss = loss
-        self.curriculum = curriculum
-        self.share_done = nn.Buffer(torch.zeros(()), persistent=False)   # set by TrainingStep
 
     def masked_ce(self, x0, k, rand):
         """Cross-entropy (B, T) where the k (B,) smallest of rand (B, T) are masked, else 0."""
@@ -70,18 +70,13 @@ class MaskedDiffusion(nn.Module):
 
     @torch.compiler.disable              # compiled, it would draw other numbers
     def draw(self, B, T, device):
-        """What is random in a training step: mask rates and weights (B,), and uniform (B, T). With
-        a curriculum the rates begin below 0.2, where most is known; for a share of the training
-        their limit grows to 1."""
+        """What is random in a training step: mask rates and weights (B,), and uniform (B, T)."""
         rate, weight = self.sample_mask_rates(B, device)
-        if self.curriculum:
-            rate = rate * (0.2 + 0.8 * self.share_done / self.curriculum).clamp(max=1)
         return rate, weight, torch.rand(B, T, device=device)
 
     def forward(self, x0):
-        """elbo: the bound, in a curriculum of the rates below its limit. pooled: mean CE over all
-        masked tokens of the batch. It is no bound, but less noisy, and a network that is trained on
-        it reaches a lower bound (docs/LOG.md)."""
+        """elbo: the bound. pooled: mean CE over all masked tokens of the batch. It is no bound, but
+        less noisy, and a network that is trained on it reaches a lower bound (docs/LOG.md)."""
         rate, weight, rand = self.draw(*x0.shape, x0.device)
         k = num_masked(rate, x0.size(1))
         ce = self.masked_ce(x0, k, rand).sum(1)
@@ -253,6 +248,12 @@ def per_row_noise(seeds, draw, shape):
     """One row of noise per seed, (len(seeds), *shape), on the CPU; draw: torch.rand or randn."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([draw(shape, generator=g) for g in generators])
+
+
+def logit_normal(u):
+    """Quantiles, at u in [0, 1], of a number in [0, 1] whose logit is normal with deviation 0.8
+    (SD3): mostly between a fifth and four fifths."""
+    return (0.8 * torch.special.ndtri(u)).sigmoid()
 
 
 def num_masked(rate, T):

@@ -38,7 +38,7 @@ LADDER = {
     "baseline": dict(table_init="small", row_norm=1.0, train_table=False, predict="eps",
                      loss="simple", schedule="linear", gamma_min=-9.2, gamma_max=10.0,
                      use_positions=False, self_cond=False, output_prior=False,
-                     feed_posterior=False, stagger=0.0, prompts=0.0, time=True),
+                     feed_posterior=False, stagger=0.0, prompts=0.0, time=True, times="uniform"),
     "positions": dict(use_positions=True),                # the network can tell the order
     "unit": dict(table_init="unit"),                      # rows of norm 1, not 0.02 a number
     "x0": dict(predict="x0"),                             # predicts the embedding, not the noise
@@ -59,7 +59,7 @@ for rung, change in LADDER.items():
     rungs = rungs | change
     RECIPES[rung] = rungs
 RECIPES |= {
-    "best": {**rungs, "stagger": 12.0, "prompts": 0.25},                # the default
+    "best": {**rungs, "stagger": 12.0, "prompts": 0.25, "times": "logit-normal"},   # the default
     "orderless": {**rungs, "use_positions": False},       # the last rung without the first cure
     "diffusion-lm": {**RECIPES["x0"], "table_init": "free", "train_table": True,
                      "loss": "diffusion-lm", "schedule": "sqrt", "gamma_min": -4.6,
@@ -89,7 +89,7 @@ class EmbeddingDiffusion(TokenDiffusion):
         if c.train_table:
             table = nn.Parameter(table)
         super().__init__(net, table, c.schedule, c.loss, c.gamma_min, c.gamma_max, c.self_cond,
-                         c.output_prior, c.feed_posterior, c.prompts, c.stagger)
+                         c.output_prior, c.feed_posterior, c.prompts, c.stagger, c.times)
         if c.table_init == "unit":
             parametrize.register_parametrization(self, "table", RowNorm(c.row_norm))
         self.predict = c.predict
@@ -113,7 +113,7 @@ class EmbeddingDiffusion(TokenDiffusion):
 
     @torch.compiler.disable
     def draw_diffusion_lm(self, embedding):
-        t = stratified_times(len(embedding), embedding.device)
+        t, _ = stratified_times(len(embedding), embedding.device)
         return t, torch.randn_like(embedding), torch.randn_like(embedding)
 
     def diffusion_lm_loss(self, x0):

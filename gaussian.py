@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import per_row_noise, rank
+from diffusion import logit_normal, per_row_noise, rank
 
 
 def alpha_bar(schedule, t):
@@ -214,13 +214,14 @@ class TokenDiffusion(GaussianDiffusion):
 
     def __init__(self, net, table, schedule="cosine", loss="ce", gamma_min=-13.3, gamma_max=10.0,
                  self_cond=False, output_prior=True, feed_posterior=False, prompts=0.0,
-                 stagger=0.0):
+                 stagger=0.0, times="uniform"):
         super().__init__(net, table, "tokens", schedule, loss, gamma_min, gamma_max)
         self.self_cond = self_cond
         self.output_prior = output_prior
         self.feed_posterior = feed_posterior
         self.prompts = prompts
         self.stagger = stagger
+        self.times = times
         if stagger:
             self.noise_name = "time"        # at one time, positions have different noise levels
         self.mask_id = len(table)           # shown where nothing is written yet
@@ -259,7 +260,8 @@ class TokenDiffusion(GaussianDiffusion):
         on it reach a lower bound (LOG.md). elbo: the integral of the bound, nats per token."""
         B, T = x0.shape
         K = self.table.size(1)
-        known, rand, t, eps, parity = draw_for_tokens(B, T, K, self.prompts, x0.device)
+        known, rand, t, t_weight, eps, parity = draw_for_tokens(B, T, K, self.prompts, self.times,
+                                                                x0.device)
         t_pos, dt_pos = position_times(t, rand, self.stagger, known)
         gamma, slope = self.gamma(t_pos)
 
@@ -279,7 +281,7 @@ class TokenDiffusion(GaussianDiffusion):
         if self.loss == "elbo":
             counts = ~known
             error = (x - self.expected_embedding(logits.softmax(-1))).square().sum(2)
-            nats = dt_pos * (-gamma).exp() * slope / 2 * error
+            nats = t_weight * dt_pos * (-gamma).exp() * slope / 2 * error
         weight = counts / counts.sum().clamp(min=1)                    # (B, T)
         return (weight * nats).sum().float() + self.regularizer(logits)
 
@@ -378,20 +380,27 @@ def prompt_mask(B, T, share, device):
 @torch.compiler.disable          # compiled, it would draw other numbers
 def draw_noise(B, T, K, device):
     """What is random in a training step of numbers: times (B, 1), noise (B, T, K)."""
-    return stratified_times(B, device), torch.randn(B, T, K, device=device)
+    t, _ = stratified_times(B, device)
+    return t, torch.randn(B, T, K, device=device)
 
 
 @torch.compiler.disable
-def draw_for_tokens(B, T, K, prompts, device):
+def draw_for_tokens(B, T, K, prompts, times, device):
     """Of tokens: known positions (B, T); uniform numbers (B, T), in whose order the positions take
-    turns; times (B, 1); noise (B, T, K); parity (), 0 or 1."""
+    turns; times and their weights (B, 1); noise (B, T, K); parity (), 0 or 1."""
     known = prompt_mask(B, T, prompts, device)
     rand = torch.rand(B, T, device=device)
-    t, eps = draw_noise(B, T, K, device)
-    return known, rand, t, eps, torch.randint(2, (), device=device)
+    t, weight = stratified_times(B, device, times)
+    eps = torch.randn(B, T, K, device=device)
+    return known, rand, t, weight, eps, torch.randint(2, (), device=device)
 
 
-def stratified_times(B, device):
-    """One uniform draw in each B-th of [0, 1]: (B, 1) float64."""
-    u = torch.rand(B, device=device, dtype=torch.float64)
-    return ((torch.arange(B, device=device) + u) / B)[:, None]
+def stratified_times(B, device, times="uniform"):
+    """One draw in each of B strata of equal probability -> t (B, 1) and its importance weight
+    (B, 1), B times the width of the stratum, in float64."""
+    borders = torch.linspace(0, 1, B + 1, device=device, dtype=torch.float64)
+    if times == "logit-normal":
+        borders = logit_normal(borders)
+    width = borders.diff()
+    t = borders[:-1] + width * torch.rand(B, device=device, dtype=torch.float64)
+    return t[:, None], B * width[:, None]

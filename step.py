@@ -129,8 +129,6 @@ class TrainingStep:
         self.adamw_factor = c.adamw_factor if c.optimizer == "muon" else 1
         self.opts = build_optimizers(method, c, self.lr, self.adamw_lr)
         self.scaler = torch.amp.GradScaler(DEVICE, enabled=AMP == torch.float16)
-        # what share of the run is done, for a method that has such a buffer
-        self.share_done = [b for name, b in method.named_buffers() if name == "share_done"]
         self.run = call
         self.to_record = False
 
@@ -140,8 +138,6 @@ class TrainingStep:
         c = self.c
         self.lr.fill_(get_lr(step, c))
         self.adamw_lr.copy_(self.adamw_factor * self.lr)
-        for share_done in self.share_done:
-            share_done.fill_(step / c.max_iters)
         self.ema_weight.fill_(1 - min(c.ema, (1 + step) / (10 + step)))  # a smaller decay at first
         self.loss.zero_()
         for i in range(RANK, c.grad_accum, WORLD_SIZE):

@@ -40,7 +40,7 @@ def build(c, meta):
     net = Transformer(c, embed, V, causal=c.objective == "ar")
     if c.objective == "ar":
         return Autoregressive(net, V)
-    return MaskedDiffusion(net, V, c.schedule, c.loss, c.curriculum)
+    return MaskedDiffusion(net, V, c.schedule, c.loss)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ shape="--block_size=128 --batch_size=32 --dropout=0 --n_head=5 --n_embd=160"
 arm() {   # name, what is changed
     name=$1; shift
     grep -qs finished out/ablation/$name/status && return
-    python train.py --dataset=shakespeare --data_dir="$data" $shape --loss=elbo --curriculum=0 \
+    python train.py --dataset=shakespeare --data_dir="$data" $shape --loss=elbo --schedule=linear \
         --learning_rate=6e-3 --max_iters=1400 --eval_interval=700 --out="out/ablation/$name" "$@"
 }
 for seed in 1337 1 2; do

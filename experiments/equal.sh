@@ -1,6 +1,6 @@
 #!/bin/bash
 # What lowers the bound at equal time? The fixed shape (4 x 4 x 128, block 128, batch 32, 1,000
-# steps), one change at a time from the default, and the two Gaussian models by their stagger. 25
+# steps), one change at a time from the default, and the two Gaussian models by their stagger. 27
 # runs of five minutes on one CPU core each. bash experiments/equal.sh [data_dir]
 set -eu
 data=${1:-data}
@@ -16,7 +16,6 @@ for seed in 1337 1 2; do
     arm masked.$seed train.py --seed=$seed
     arm ar.$seed train.py --objective=ar --seed=$seed
 done
-arm no-curriculum train.py --curriculum=0
 arm rate-6e-3 train.py --learning_rate=6e-3
 arm rate-15e-3 train.py --learning_rate=15e-3
 arm adamw train.py --optimizer=adamw
@@ -25,7 +24,10 @@ arm decay-0.1 train.py --weight_decay=0.1
 arm decay-0.5 train.py --weight_decay=0.5
 arm ema-0.99 train.py --ema=0.99
 arm batch-16 train.py --batch_size=16 --max_iters=1600 --eval_interval=800
+arm linear train.py --schedule=linear
 arm square train.py --schedule=square
+arm bits-uniform analog_bits.py --prompts=0 --times=uniform
+arm embed-uniform embed_diffusion.py --prompts=0 --times=uniform
 arm wide train.py --n_layer=3 --n_head=6 --n_embd=192
 for stagger in 3 6 12 24; do
     arm bits.$stagger analog_bits.py --prompts=0 --stagger=$stagger

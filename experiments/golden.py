@@ -92,9 +92,9 @@ def train_case(name):
     typed = config.parse(CASES["networks"][name].split(), script.SETTINGS, RECIPES.get(kind))
     tiny = TINY
     if script is train:
-        tiny = TINY | {"curriculum": 0}
+        tiny = TINY | {"schedule": "linear"}
     elif kind in ("bits", "embed"):
-        tiny = TINY | {"stagger": 3.0}
+        tiny = TINY | {"stagger": 3.0, "times": "uniform"}
     c = script.SETTINGS(**tiny | typed)
     train.reseed(c.seed)
     method = script.build(c, data.meta)

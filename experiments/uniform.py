@@ -89,7 +89,8 @@ class UniformDiffusion(nn.Module):
         """Mean cross-entropy of p(x0 | xt), t uniform. No bound, but trains better than it."""
         B, T = x0.shape
         known = prompt_mask(B, T, self.prompts, x0.device)
-        t = stratified_times(B, x0.device).expand(B, T).masked_fill(known, 0)
+        t, _ = stratified_times(B, x0.device)
+        t = t.expand(B, T).masked_fill(known, 0)
         xt = replace_characters(x0, t, torch.rand(2, B, T, device=x0.device), self.mask_id)
         p = posterior(xt, self.x0_probs(xt, t), t, torch.zeros_like(t))
         nats = -p.gather(-1, x0[..., None]).log()                      # 0 where known

@@ -1,6 +1,7 @@
 """Masked diffusion and its baseline against known answers: enumeration, exact networks."""
 import itertools
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_rows_of_a_batch_are_masked_independently():
     assert (share - share.mean()).abs().max() < 5 * (0.25 / 3 / N) ** 0.5
 
 
-@pytest.mark.parametrize("schedule", ["linear", "square", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "square", "cosine", "logit-normal"])
 def test_drawn_bound_and_elbo_loss_are_unbiased(schedule):
     torch.manual_seed(0)
     m = MaskedDiffusion(Table(3, 4), 3, schedule)
@@ -155,21 +156,6 @@ def test_pooled_is_the_documents_loss():
     assert loss.item() == pytest.approx((ce.sum() / (ce > 0).sum()).item(), abs=1e-6)
 
 
-def test_a_curriculum_limits_the_mask_rates_for_its_share_of_the_run():
-    """From 0.2 to 1; all else is drawn as without it."""
-    m = MaskedDiffusion(None, 3, curriculum=0.5)
-    plain = MaskedDiffusion(None, 3)
-    for progress, most in ((0, 0.2), (0.25, 0.6), (0.5, 1), (0.9, 1)):
-        m.share_done.fill_(progress)
-        draws = []
-        for method in (m, plain):
-            torch.manual_seed(0)
-            draws.append(method.draw(8, 16, "cpu"))
-        (rate, *rest), (plain_rate, *plain_rest) = draws
-        assert torch.allclose(rate, most * plain_rate)
-        assert all(map(torch.equal, rest, plain_rest))
-
-
 def test_oracle_bound_is_the_exact_likelihood():
     oracle = Oracle(3, 3)
     m = MaskedDiffusion(oracle, 3)
@@ -178,6 +164,16 @@ def test_oracle_bound_is_the_exact_likelihood():
     assert torch.allclose(ar.bound(oracle.states)[0], exact, atol=1e-4)
     for i in (0, 7, 26):
         assert exact_bound(m, oracle.states[i]) == pytest.approx(exact[i].item(), abs=1e-4)
+
+
+def test_logit_normal_schedule():
+    """The logit of the mask rate is a normal number of deviation 0.8."""
+    t = np.arange(1, 100) / 100
+    ours = diffusion.mask_rate("logit-normal", torch.from_numpy(t)).numpy()
+    quantiles = [NormalDist().inv_cdf(q) for q in t]
+    assert np.abs(np.log(ours / (1 - ours)) - 0.8 * np.array(quantiles)).max() < 1e-9
+    ends = diffusion.mask_rate("logit-normal", torch.tensor([0.0, 1.0]))
+    assert ends.tolist() == [0, 1]
 
 
 def test_cosine_schedule_is_the_documents():

@@ -288,7 +288,7 @@ def test_control(runs, monkeypatch, capsys):
 
 SETTINGS = {"train.py": Masked, "analog_bits.py": Bits, "embed_diffusion.py": Embed,
             "evaluation": Evaluate}
-N_RUNS = {"ablation": 32, "bits": 15, "equal": 25, "ladder": 32, "repeated": 9, "samplers": 0,
+N_RUNS = {"ablation": 32, "bits": 15, "equal": 27, "ladder": 32, "repeated": 9, "samplers": 0,
           "side": 24}
 
 

@@ -134,14 +134,6 @@ def test_a_step_that_overflows_leaves_all_state_to_the_bit(bad):
         assert not torch.equal(a, b)
 
 
-def test_a_step_tells_the_method_what_share_of_the_run_is_done():
-    method, data, c = build("masked")
-    train_step = training_step(method, data, replace(c, max_iters=8))
-    for i in (0, 2, 7):
-        train_step(i)
-        assert method.share_done == i / 8
-
-
 def test_a_resumed_optimizer_keeps_its_own_settings():
     """The file has the weight decay of then, and a rate that is another tensor."""
     method, data, c = build("masked")
@@ -305,7 +297,7 @@ def test_half_of_the_rows_cost_on_average_what_a_coin_costs(B, loss):
 
 def test_the_parity_is_a_fair_coin_that_does_not_look_at_the_times():
     torch.manual_seed(0)
-    draws = [draw_for_tokens(5, 4, 3, 0.3, "cpu") for _ in range(400)]
+    draws = [draw_for_tokens(5, 4, 3, 0.3, "uniform", "cpu") for _ in range(400)]
     parity = torch.stack([draw[-1] for draw in draws]).double()
     times = torch.stack([draw[2][:, 0] for draw in draws])
     assert set(parity.tolist()) == {0, 1}

@@ -1,6 +1,7 @@
 """Gaussian diffusion of tokens against known sources: what z says, self-conditioning, prompts and
 positions that start and end one after another."""
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -92,6 +93,20 @@ def test_a_network_that_knows_the_source_has_its_entropy(table):
         m = TokenDiffusion(m.net, table, schedule, "elbo", **WIDE)
         integral = sum(m(x0).item() for _ in range(8)) / 8
         assert integral + ends == pytest.approx(surprise, abs=0.1), schedule
+
+
+@pytest.mark.parametrize("times", ["uniform", "logit-normal"])
+def test_times_have_the_density_asked_for_and_weights_that_undo_it(times):
+    """With the weights, the means of 1, t and t^2 are those of a uniform t."""
+    torch.manual_seed(0)
+    draws = [gaussian.stratified_times(64, "cpu", times) for _ in range(2000)]
+    t = torch.cat([t for t, _ in draws], 1).T                          # (2000, 64)
+    weight = torch.cat([weight for _, weight in draws], 1).T
+    share_below_fifth = {"uniform": 0.2, "logit-normal": NormalDist(0, 0.8).cdf(math.log(0.25))}
+    assert (t < 0.2).double().mean() == pytest.approx(share_below_fifth[times], abs=0.02)
+    for power in (0, 1, 2):
+        mean = (weight * t ** power).mean(1)
+        assert abs(mean.mean() - 1 / (power + 1)) < 4 * mean.std() / 2000 ** 0.5 + 1e-12
 
 
 @pytest.mark.parametrize("stagger", [0, 3])
