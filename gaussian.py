@@ -140,7 +140,7 @@ class GaussianDiffusion(nn.Module):
 
     def squared_error(self, x0, cond=None):
         """Mean over t of weight |x - xhat|^2."""
-        t, eps = draw_noise(*x0.shape, self.table.size(1), x0.device)
+        t, _, eps = draw_noise(*x0.shape, self.table.size(1), x0.device)
         gamma, slope = self.gamma(t)                                   # (B, 1)
         x = self.embed_tokens(x0)
         z = q_sample(x, gamma, eps)
@@ -255,13 +255,19 @@ class TokenDiffusion(GaussianDiffusion):
             xhat, _ = self.predict_tokens(z, gamma, cond, xhat)
         return xhat
 
+    @torch.compiler.disable
+    def draw(self, B, T, device):
+        """What is random in a training step: known positions (B, T); uniform numbers (B, T) that
+        order the turns; t, its weights (B, 1); noise (B, T, K); 0 or 1 (), for half_of_x_prev."""
+        known = prompt_mask(B, T, self.prompts, device)
+        rand = torch.rand(B, T, device=device)
+        t, weight, eps = draw_noise(B, T, self.table.size(1), device, self.times)
+        return known, rand, t, weight, eps, torch.randint(2, (), device=device)
+
     def forward(self, x0, cond=None):
         """ce: mean cross-entropy of the tokens that are not clean; no bound, but networks trained
         on it reach a lower bound (LOG.md). elbo: the integral of the bound, nats per token."""
-        B, T = x0.shape
-        K = self.table.size(1)
-        known, rand, t, t_weight, eps, parity = draw_for_tokens(B, T, K, self.prompts, self.times,
-                                                                x0.device)
+        known, rand, t, t_weight, eps, parity = self.draw(*x0.shape, x0.device)
         t_pos, dt_pos = position_times(t, rand, self.stagger, known)
         gamma, slope = self.gamma(t_pos)
 
@@ -277,7 +283,7 @@ class TokenDiffusion(GaussianDiffusion):
         # loss
         if self.loss == "ce":
             counts = gamma > self.gamma_min     # not what is clean, for its code can be read off
-            nats = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view(B, T)
+            nats = F.cross_entropy(logits.transpose(1, 2), x0, reduction="none")   # (B, T)
         if self.loss == "elbo":
             counts = ~known
             error = (x - self.expected_embedding(logits.softmax(-1))).square().sum(2)
@@ -378,26 +384,14 @@ def prompt_mask(B, T, share, device):
 
 
 @torch.compiler.disable          # compiled, it would draw other numbers
-def draw_noise(B, T, K, device):
-    """What is random in a training step of numbers: times (B, 1), noise (B, T, K)."""
-    t, _ = stratified_times(B, device)
-    return t, torch.randn(B, T, K, device=device)
-
-
-@torch.compiler.disable
-def draw_for_tokens(B, T, K, prompts, times, device):
-    """Of tokens: known positions (B, T); uniform numbers (B, T), in whose order the positions take
-    turns; times and their weights (B, 1); noise (B, T, K); parity (), 0 or 1."""
-    known = prompt_mask(B, T, prompts, device)
-    rand = torch.rand(B, T, device=device)
+def draw_noise(B, T, K, device, times="uniform"):
+    """What is random in a training step of numbers: t and weights (B, 1), noise (B, T, K)."""
     t, weight = stratified_times(B, device, times)
-    eps = torch.randn(B, T, K, device=device)
-    return known, rand, t, weight, eps, torch.randint(2, (), device=device)
+    return t, weight, torch.randn(B, T, K, device=device)
 
 
 def stratified_times(B, device, times="uniform"):
-    """One draw in each of B strata of equal probability -> t (B, 1) and its importance weight
-    (B, 1), B times the width of the stratum, in float64."""
+    """One draw in each of B strata -> t and weights (B, 1), B times a stratum's width, float64."""
     borders = torch.linspace(0, 1, B + 1, device=device, dtype=torch.float64)
     if times == "logit-normal":
         borders = logit_normal(borders)

@@ -163,7 +163,7 @@ BAD = [   # script, arguments, what the one line says
     ("mnist_ddpm --loss=ce", "predict=v has loss=simple or elbo or min-snr"),
     ("mnist_ddpm sample --out=TMP/run", "is a masked checkpoint, not mnist"),
     ("embed_diffusion --predict=x0 --loss=ce", "predict=x0 has loss=simple or diffusion-lm"),
-    ("embed_diffusion --predict=eps --loss=simple", "prompts and fluency need predict=tokens"),
+    ("embed_diffusion --predict=eps --loss=simple", "logit-normal times need predict=tokens"),
     ("embed_diffusion --table=TMP/text.txt --table_init=small", "table needs table_init=unit"),
 ]
 TINY = ["--max_iters=2", "--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8",

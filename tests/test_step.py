@@ -17,7 +17,7 @@ import step
 import train
 from checkpoint import load_optimizer
 from config import Bits, Embed, Masked, Mnist
-from gaussian import TokenDiffusion, draw_for_tokens
+from gaussian import TokenDiffusion
 from step import Muon, get_lr, reseed
 
 V = 20
@@ -297,7 +297,8 @@ def test_half_of_the_rows_cost_on_average_what_a_coin_costs(B, loss):
 
 def test_the_parity_is_a_fair_coin_that_does_not_look_at_the_times():
     torch.manual_seed(0)
-    draws = [draw_for_tokens(5, 4, 3, 0.3, "uniform", "cpu") for _ in range(400)]
+    m = TokenDiffusion(None, torch.eye(3), prompts=0.3)
+    draws = [m.draw(5, 4, "cpu") for _ in range(400)]
     parity = torch.stack([draw[-1] for draw in draws]).double()
     times = torch.stack([draw[2][:, 0] for draw in draws])
     assert set(parity.tolist()) == {0, 1}
