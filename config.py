@@ -126,7 +126,7 @@ class Config(Settings):   # every script that trains
 @dataclass(frozen=True)
 class Masked(Config):   # train.py: masked diffusion and the autoregressive baseline
     objective: Literal["masked", "ar"] = "masked"     # ar: the autoregressive baseline
-    schedule: Literal["linear", "square", "cosine", "logit-normal"] = "logit-normal"   # of masking
+    schedule: Literal["linear", "square", "cosine", "logit-normal"] = "logit-normal"   # in training
     loss: Literal["elbo", "pooled"] = "pooled"     # the bound, or the mean per masked character
     time: bool = False             # feed the network the share masked (it can count the MASKs)
 

@@ -60,13 +60,11 @@ class MaskedDiffusion(nn.Module):
         return F.cross_entropy(logits.transpose(1, 2), x0, reduction="none") * masked
 
     def sample_mask_rates(self, B, device):
-        """Cut t into B equal strata and draw one mask rate uniformly between m at the borders of
-        each -> rates (B,), importance weights (B,): B times the width of the stratum."""
+        """One rate in each of B strata, uniform from m(i / B) to m((i + 1) / B) -> rates (B,) and
+        importance weights (B,). So with few rows, their density is flatter than the schedule's."""
         borders = mask_rate(self.schedule, torch.linspace(0, 1, B + 1, device=device))
-        borders[-1:].fill_(1)                                          # undo the clip
-        width = borders.diff()
-        rate = borders[:-1] + width * torch.rand(B, device=device)
-        return rate, B * width
+        borders[-1:].fill_(1)                              # cosine is clipped at 0.999
+        return one_per_stratum(borders)
 
     @torch.compiler.disable              # compiled, it would draw other numbers
     def draw(self, B, T, device):
@@ -126,8 +124,8 @@ class MaskedDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, x, known, s, locked=None):
-        """Fill the positions of x (B, T) that are not known (B, T), in at most s.steps calls; 0
-        means two for each unknown position; with remask all are made. Locked ones (B, T) stay MASK.
+        """Fill the positions of x (B, T) that are not known (B, T), in at most s.steps calls, with
+        remask in all of them; 0 means two for each unknown position. Locked ones (B, T) stay MASK.
         confidence (B, T): the probability of each token when revealed, after temperature and top_k.
 
         Exact samples of the model: order=random, counts=even, temperature=1, top_k=0, remask=0 and
@@ -251,9 +249,14 @@ def per_row_noise(seeds, draw, shape):
 
 
 def logit_normal(u):
-    """Quantiles, at u in [0, 1], of a number in [0, 1] whose logit is normal with deviation 0.8
-    (SD3): mostly between a fifth and four fifths."""
+    """u uniform in [0, 1] -> a number whose logit is normal with deviation 0.8 (in SD3 it is 1)."""
     return (0.8 * torch.special.ndtri(u)).sigmoid()
+
+
+def one_per_stratum(borders):
+    """Uniform draws, one between each two borders (B + 1, ...), and B times the widths (B, ...)."""
+    width = borders.diff(dim=0)
+    return borders[:-1] + width * torch.rand_like(width), len(width) * width
 
 
 def num_masked(rate, T):

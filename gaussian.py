@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import logit_normal, per_row_noise, rank
+from diffusion import logit_normal, one_per_stratum, per_row_noise, rank
 
 
 def alpha_bar(schedule, t):
@@ -140,7 +140,7 @@ class GaussianDiffusion(nn.Module):
 
     def squared_error(self, x0, cond=None):
         """Mean over t of weight |x - xhat|^2."""
-        t, _, eps = draw_noise(*x0.shape, self.table.size(1), x0.device)
+        t, _, eps = draw_noise(*x0.shape, self.table.size(1), x0.device)   # uniform t
         gamma, slope = self.gamma(t)                                   # (B, 1)
         x = self.embed_tokens(x0)
         z = q_sample(x, gamma, eps)
@@ -149,7 +149,7 @@ class GaussianDiffusion(nn.Module):
         return (weight * error).mean().float()
 
     def bound(self, x0, u, seeds):
-        """At time u (B,) in (0, 1], gamma linear in it -> nats per position (B,), u."""
+        """At time u (B,) in [0, 1], gamma linear in it -> nats per position (B,), u."""
         x = self.embed_tokens(x0)
         B, T, K = x.shape
         eps, eps_0 = per_row_noise(seeds, torch.randn, (2, T, K)).to(x.device).unbind(1)
@@ -209,7 +209,8 @@ class TokenDiffusion(GaussianDiffusion):
     self_cond: the network is shown an earlier xhat of its own, K more numbers, zeros in half of the
         rows of a training batch (Chen et al. 2022)
     prompts: share of the training examples with known, clean positions, which do not count
-    stagger: see position_times"""
+    stagger: see position_times
+    times: how t is drawn in training, uniform or logit-normal; the bound takes all t alike"""
     early_stopping = True
 
     def __init__(self, net, table, schedule="cosine", loss="ce", gamma_min=-13.3, gamma_max=10.0,
@@ -385,16 +386,14 @@ def prompt_mask(B, T, share, device):
 
 @torch.compiler.disable          # compiled, it would draw other numbers
 def draw_noise(B, T, K, device, times="uniform"):
-    """What is random in a training step of numbers: t and weights (B, 1), noise (B, T, K)."""
+    """What is random in a training step: t and its weights (B, 1), noise (B, T, K)."""
     t, weight = stratified_times(B, device, times)
     return t, weight, torch.randn(B, T, K, device=device)
 
 
 def stratified_times(B, device, times="uniform"):
-    """One draw in each of B strata -> t and weights (B, 1), B times a stratum's width, float64."""
+    """One t in each of B strata, and importance weights (B, 1), float64."""
     borders = torch.linspace(0, 1, B + 1, device=device, dtype=torch.float64)
     if times == "logit-normal":
         borders = logit_normal(borders)
-    width = borders.diff()
-    t = borders[:-1] + width * torch.rand(B, device=device, dtype=torch.float64)
-    return t[:, None], B * width[:, None]
+    return one_per_stratum(borders[:, None])

@@ -18,7 +18,7 @@ from torch import nn
 from checkpoint import out_option, start_or_resume
 from config import Config, Sample, check, print0, run
 from data import Text
-from diffusion import MaskedDiffusion, per_row_noise
+from diffusion import MaskedDiffusion, one_per_stratum, per_row_noise
 from model import Transformer
 from step import reseed
 from train import fit_text
@@ -60,8 +60,7 @@ class LossAware(MaskedDiffusion):
         share_below = ((quantile - start) / mass).clamp(0, 1)          # of each bucket, (B + 1, 20)
         borders = share_below.mean(1)
         borders[-1:].fill_(1)                                          # undo the rounding
-        width = borders.diff()
-        return borders[:-1] + width * torch.rand(B, device=device), B * width
+        return one_per_stratum(borders)
 
     def masked_ce(self, x0, k, rand):
         ce = super().masked_ce(x0, k, rand)

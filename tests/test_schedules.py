@@ -34,9 +34,9 @@ class ByShare(nn.Module):
 
 def strata(m, B, monkeypatch):
     """Low ends, high ends and importance weights of the B strata, each (B,)."""
-    monkeypatch.setattr(torch, "rand", torch.zeros)
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
     low, weight = m.sample_mask_rates(B, "cpu")
-    monkeypatch.setattr(torch, "rand", torch.ones)
+    monkeypatch.setattr(torch, "rand_like", torch.ones_like)
     high, _ = m.sample_mask_rates(B, "cpu")
     return low, high, weight
 
@@ -72,8 +72,8 @@ def test_the_weighted_loss_is_on_average_the_bound_of_uniform_rates(mean_square,
     for start, end in itertools.pairwise(jumps):
         for order in orders:
             place = torch.full((B,), (start + end) / 2)
-            noise = {(B,): place, (B, T): order.expand(B, T)}
-            monkeypatch.setattr(torch, "rand", lambda *shape, device, noise=noise: noise[shape])
+            monkeypatch.setattr(torch, "rand_like", lambda width, place=place: place)
+            monkeypatch.setattr(torch, "rand", lambda *shape, order=order, **_: order.expand(shape))
             mean += (end - start) / len(orders) * m(x0.expand(B, T)).item()
     assert mean == pytest.approx(exact_bound(m, x0), abs=2e-5)
     assert mean == pytest.approx(exact_bound(MaskedDiffusion(m.net, 3), x0), abs=2e-5)
