@@ -12,7 +12,7 @@ arm() {   # name, script, what is changed
     python $script --dataset=shakespeare --data_dir="$data" $shape \
         --max_iters=1000 --eval_interval=200 --out=$out "$@"
 }
-arm AR train.py --objective=ar
+arm AR train.py --objective=ar --weight_decay=0.5
 arm masked train.py
 arm embeddings embed_diffusion.py --prompts=0
 arm bits analog_bits.py --prompts=0
